@@ -1,0 +1,133 @@
+"""How a converted model runs: the generated classes, and the eager call through the rewritten graph.
+
+The lowest module that owns all additions of a stream gets a generated subclass of its class, with the same name and
+signature. While a compiler traces, its forward calls the marker and then the original forward; called eagerly, it runs the
+same through a cached compiled function whose backend rewrites the graph and runs it eagerly.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attnres_fx.passes._compat import inner_error, is_graph_break, is_recompile_limit
+from attnres_fx.passes.capture import graph_break_error
+from attnres_fx.passes.lower import lower_marked, markers_of
+from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, SitesChangedError
+from attnres_fx.runtime.marker import ENTER
+from attnres_fx.runtime.parameters import StreamParameters
+
+STREAMS = "_attnres_streams"  # on an owner: the parameters of its streams, registered at the root alone
+PART = "_attnres_part_of"  # on a module that holds layers: the path of its stream's owner
+_RUNNER = "_attnres_runner"
+
+
+def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """The backend of the eager call: rewrite the graph and run it as it is."""
+    if not markers_of(gm):
+        raise SitesChangedError("a graph of a converted model holds no marker",
+                                remedy="this is a fault of attnres_fx; please report it with the model")
+    rewritten, _ = lower_marked(gm)
+    return rewritten.forward
+
+
+def enter_streams(module: nn.Module) -> None:
+    """Call the marker for every stream that ``module`` owns."""
+    streams: list[StreamParameters] = module.__dict__[STREAMS]
+    for parameters in streams:
+        ENTER(parameters.query, parameters.key_gain, parameters.plan)
+
+
+def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
+    cached = module.__dict__.get(_RUNNER)
+    if cached is not None:
+        return cached  # type: ignore[no-any-return]
+    original = base.forward
+
+    def marked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        enter_streams(self)
+        return original(self, *args, **kwargs)
+
+    # The recompile limit is per code object: each model gets its own.
+    own = types.FunctionType(marked.__code__.replace(), marked.__globals__, "forward", None, marked.__closure__)
+    compiled = torch.compile(own, backend=run_rewritten, fullgraph=True, isolate_recompiles=True)
+    module.__dict__[_RUNNER] = compiled
+    return compiled
+
+
+def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return _runner(module, base)(module, *args, **kwargs)
+    except Exception as error:
+        inner = inner_error(error)
+        if isinstance(inner, AttnResError):
+            raise inner from None
+        if is_recompile_limit(error):
+            raise SitesChangedError(
+                "the converted model was retraced too often, for ever new kinds of inputs or module states",
+                remedy="call it with fewer kinds of inputs, or raise torch._dynamo.config.recompile_limit") from error
+        if is_graph_break(error):
+            raise graph_break_error(error) from error
+        raise
+
+
+@functools.lru_cache(maxsize=None)
+def converted_class(base: type[nn.Module], owns: bool, root: bool) -> type[nn.Module]:
+    """A subclass of ``base`` for an owner of streams (``owns``), for the root of a converted model, or for both."""
+    namespace: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__,
+                                 "__doc__": base.__doc__, "_attnres_base": base}
+
+    if owns:
+        @functools.wraps(base.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                enter_streams(self)
+                return base.forward(self, *args, **kwargs)
+            return _run(self, base, args, kwargs)
+
+        namespace["forward"] = forward
+
+    def __getstate__(self: nn.Module) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop(_RUNNER, None)
+        return state
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (base, owns, root), self.__getstate__()
+
+    namespace["__getstate__"], namespace["__reduce_ex__"] = __getstate__, __reduce_ex__
+
+    if hasattr(base, "save_pretrained"):
+        def save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            from attnres_fx.pretrained import save_converted
+
+            if not root:
+                raise PartOfConvertedError(
+                    f"'{base.__name__}' is a part of a converted model, whose parameters stand at the root",
+                    remedy="call save_pretrained on the whole model")
+            return save_converted(self, base, save_directory, *args, **kwargs)
+
+        namespace["save_pretrained"] = functools.wraps(base.save_pretrained)(save_pretrained)  # type: ignore[attr-defined]
+
+    return type(base.__name__, (base,), namespace)
+
+
+def _rebuild(base: type[nn.Module], owns: bool, root: bool) -> nn.Module:
+    """An empty instance for ``pickle`` and ``copy``."""
+    cls = converted_class(base, owns, root)
+    return cls.__new__(cls)
+
+
+def is_converted_class(cls: type) -> bool:
+    """Whether ``cls`` was generated here."""
+    return "_attnres_base" in cls.__dict__
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The user's class behind a generated one; any other class itself."""
+    return cls.__dict__.get("_attnres_base", cls)  # type: ignore[no-any-return]

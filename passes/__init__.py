@@ -1,0 +1,1 @@
+"""The compiler: analyses and transformations of torch.fx graphs, one pass a file."""

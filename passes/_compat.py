@@ -1,0 +1,111 @@
+"""Every touch of torch's private interfaces, in one file; ``tests/passes/test_compat.py`` holds one test for each.
+
+Written against torch 2.13. A new torch release is supported when these tests pass on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnres_fx.runtime.marker import ENTER
+
+# Dead-code elimination must keep the marker, or other backends would run the plain network without a word.
+fx.node.has_side_effect(ENTER)
+
+_MODULE_ATTRIBUTES = ("_param_name_to_source", "compile_subgraph_reason", "_backend_id")
+
+
+def carry_dynamo_metadata(old: fx.GraphModule, new: fx.GraphModule, mapping: dict[fx.Node, fx.Node]) -> None:
+    """Copy what ``Graph.graph_copy`` loses: the sources of placeholders and Dynamo's attributes of the module."""
+    for before, after in mapping.items():
+        if before.op == "placeholder" and hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
+    for name in _MODULE_ATTRIBUTES:
+        if hasattr(old, name):
+            value = getattr(old, name)
+            setattr(new, name, dict(value) if isinstance(value, dict) else value)
+
+
+def fake_mode_of(values: Iterable[Any]) -> Any:
+    """The fake-tensor mode that the values belong to, or None when they are real tensors."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for value in values:
+        for leaf in torch.utils._pytree.tree_leaves(value):
+            if isinstance(leaf, FakeTensor):
+                return leaf.fake_mode
+    return None
+
+
+def run_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Hand a graph to Inductor with configuration patches."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches=patches or None)
+
+
+def run_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Run a graph through AOTAutograd with the min-cut partitioner, and its two halves eagerly."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._functorch.aot_autograd import aot_module_simplified
+
+    def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    return aot_module_simplified(
+        gm, list(inputs), fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
+    )
+
+
+def inner_error(error: BaseException) -> BaseException:
+    """The exception that a backend raised, out of the wrapper that Dynamo puts around it."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    while isinstance(error, BackendCompilerFailed):
+        error = error.inner_exception
+    return error
+
+
+def is_graph_break(error: BaseException) -> bool:
+    """Whether Dynamo refused to capture the whole graph (``fullgraph=True``)."""
+    from torch._dynamo import exc
+
+    return isinstance(error, (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError))
+
+
+def is_recompile_limit(error: BaseException) -> bool:
+    """Whether Dynamo gave up because one function was compiled too often."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return isinstance(error, FailOnRecompileLimitHit)
+
+
+def graph_break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
+    """(reason, ``file:line``) if this graph ended in a graph break, else None."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return None
+    stack = getattr(reason, "user_stack", None) or []
+    where = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+    return str(reason.reason), where
+
+
+@contextmanager
+def quiet_dynamo() -> Iterator[None]:
+    """Keep Dynamo from printing its own account of an error that we catch and translate."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

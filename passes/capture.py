@@ -1,0 +1,74 @@
+"""Capture: trace a live model into one graph without running it and without leaving anything behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attnres_fx.passes._compat import inner_error, is_graph_break, quiet_dynamo
+from attnres_fx.passes.graph import copy_graph_module
+from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place
+
+
+class _Captured(Exception):
+    """Internal: carries the graph out of the compiler, so that nothing is compiled, cached or run."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: list[Any]) -> None:
+        super().__init__("captured")
+        self.gm, self.inputs = gm, inputs
+
+
+def _stop(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
+    raise _Captured(copy_graph_module(gm), list(inputs))
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """The whole graph of ``model(*args, **kwargs)`` as Dynamo sees it, and the values of its inputs.
+
+    The model is not run, its state is untouched, and no compiled code is kept.
+
+    Raises: GraphBreakError if the model cannot be captured as one graph, with the place and Dynamo's reason.
+    """
+
+    def call(*call_args: Any, **call_kwargs: Any) -> Any:
+        return model(*call_args, **call_kwargs)
+
+    try:
+        with quiet_dynamo():
+            torch.compile(call, backend=_stop, fullgraph=True, dynamic=False, isolate_recompiles=True)(*args, **kwargs)
+    except Exception as error:
+        inner = inner_error(error)
+        if isinstance(inner, _Captured):
+            return inner.gm, inner.inputs
+        if isinstance(inner, AttnResError):
+            raise inner from None
+        if is_graph_break(error):
+            raise graph_break_error(error) from error
+        raise
+    raise GraphBreakError(
+        "nothing was traced: the model ran without a graph",
+        remedy="check that torch.compile is not disabled (TORCHDYNAMO_DISABLE, torch.compiler.disable, set_stance)",
+    )
+
+
+_USER_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
+
+
+def graph_break_error(error: BaseException) -> GraphBreakError:
+    """Dynamo's refusal to capture one graph, as one sentence with the user's source line."""
+    text = str(error)
+    frames = _USER_FRAME.findall(text.split("from user code:")[-1]) if "from user code:" in text else []
+    place = Place(source=f"{frames[-1][0]}:{frames[-1][1]}") if frames else None
+    lines = [line.strip() for line in text.split("from user code:")[0].splitlines() if line.strip()]
+    explanation = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")), "")
+    reason = lines[0] if lines else type(error).__name__
+    return GraphBreakError(
+        f"a graph break cuts the model, so that no stream can be followed through it: {reason}"
+        + (f". {explanation}" if explanation else ""),
+        place=place,
+        remedy="make the line traceable (fullgraph=True must hold), or move it out of the part that is converted",
+    )

@@ -1,0 +1,189 @@
+"""Describe the norms of a stream: where they stand, and which readers see the raw value.
+
+A reader is scale-invariant when its result does not change if the stream is multiplied by c > 0. That is decided by
+following the degree of homogeneity k (the value scales as c^k) from the stream through the reader: a norm, spelled as an
+operator or by hand, ends at degree 0. A small constant added inside a norm (its eps) is taken as zero.
+"""
+
+from __future__ import annotations
+
+import heapq
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnres_fx.passes.graph import float_tensor
+from attnres_fx.passes.streams import Stream
+from attnres_fx.passes.vocabulary import (
+    CASTS,
+    COPIES,
+    DROPOUTS,
+    NORMS,
+    PERMUTES,
+    RESHAPES,
+    addition_of,
+    argument,
+    base_of,
+    is_contraction,
+    op_name,
+)
+
+_LARGEST_EPS = 2e-3
+_MUL = {"mul", "__mul__", "rmul", "__rmul__", "mul_", "imul", "multiply"}
+_DIV = {"div", "truediv", "__truediv__", "true_divide", "divide", "div_", "itruediv"}
+_ADD = {"add", "__add__", "radd", "__radd__", "add_", "iadd", "sub", "__sub__", "sub_", "isub"}
+_SAME = CASTS | COPIES | RESHAPES | PERMUTES | DROPOUTS | {
+    "mean", "sum", "getitem", "expand", "expand_as", "chunk", "split", "select", "slice", "narrow", "neg", "roll", "abs",
+    "detach", "pad", "constant_pad_nd", "relu", "amax", "max", "norm", "linalg_vector_norm", "vector_norm", "std", "flip",
+    "broadcast_to", "repeat", "repeat_interleave", "index_select", "unbind",
+}
+
+# The second tensor of these lends its dtype or shape alone.
+_SAME_AS_FIRST = CASTS | {"expand_as", "view_as", "reshape_as"}
+
+# How far a reader is followed before it counts as raw, in nodes.
+_REACH = 400
+
+
+class _NotHomogeneous(Exception):
+    """Internal: the degree of a value cannot be told."""
+
+
+def describe_norms(stream: Stream, order: dict[fx.Node, int]) -> None:
+    """Fill ``stream.raw_readers`` and ``stream.norm_placement``; ``order`` numbers the nodes of the graph.
+
+    Position 0 has one source, and its mix is the identity: who reads it raw sees what it always saw.
+    """
+    uses = [raw_uses(stream, position, order) for position in range(stream.num_layers + 1)]
+    stream.raw_readers = [(p, culprit) for p, culprits in enumerate(uses) if p > 0 for culprit in culprits]
+    stream.norm_placement = _placement(stream, uses)
+
+
+def raw_uses(stream: Stream, position: int, order: dict[fx.Node, int]) -> list[fx.Node]:
+    """The nodes at which position ``position`` is used in a way that is not scale-invariant.
+
+    All readers of the position are followed together: a hand-written norm is several of them.
+    """
+    ignore: set[fx.Node] = set()
+    if position < stream.num_layers:
+        layer = stream.layers[position]
+        ignore = {layer.node, *layer.inner}
+    degrees: dict[fx.Node, Fraction] = {stream.values[position]: Fraction(1)}
+    waiting = [(order[reader], reader) for reader in stream.readers[position]]
+    heapq.heapify(waiting)
+    culprits: list[fx.Node] = []
+    while waiting:
+        _, node = heapq.heappop(waiting)
+        if node in ignore or node in degrees or node in culprits:
+            continue
+        if node.op == "output" or len(degrees) > _REACH:
+            culprits.append(node)
+            continue
+        try:
+            degrees[node] = _degree(node, degrees)
+        except _NotHomogeneous:
+            culprits.append(node)
+            continue
+        if degrees[node] != 0:
+            for user in node.users:
+                heapq.heappush(waiting, (order[user], user))
+    return culprits
+
+
+def _degree(node: fx.Node, degrees: dict[fx.Node, Fraction]) -> Fraction:
+    """The degree of homogeneity of ``node``; values not followed count as constants."""
+    name = op_name(node)
+
+    def of(part: Any) -> Fraction:
+        return degrees.get(part, Fraction(0)) if isinstance(part, fx.Node) else Fraction(0)
+
+    inputs = [degrees[i] for i in node.all_input_nodes if degrees.get(i, 0) != 0]
+    if not inputs or float_tensor(node) is None and name not in {"chunk", "split", "unbind", "max", "getattr", "size"}:
+        return Fraction(0)
+    first, second = argument(node, 0, "input", node.kwargs.get("self")), argument(node, 1, "other")
+    if name in NORMS:
+        return Fraction(0) if of(first) != 0 and len(inputs) == 1 else _fail()
+    if name in _SAME_AS_FIRST:
+        return of(first)
+    if name in _SAME:
+        return of(first) if len(inputs) == 1 and of(first) != 0 else _fail()
+    if name in {"zeros_like", "ones_like", "empty_like", "sign", "argmax", "size", "new_zeros", "full_like"}:
+        return Fraction(0)
+    if name in _MUL or name in {"matmul", "bmm", "mm", "__matmul__"}:
+        return of(first) + of(second)
+    if name in _DIV:
+        return of(first) - of(second)
+    if name in _ADD:
+        if isinstance(first, fx.Node) and isinstance(second, fx.Node):
+            return of(first) if of(first) == of(second) else _fail()
+        constant = second if isinstance(first, fx.Node) else first
+        return inputs[0] if isinstance(constant, (int, float)) and abs(constant) <= _LARGEST_EPS else _fail()
+    if name in {"pow", "__pow__", "pow_"}:
+        return of(first) * Fraction(second).limit_denominator(64) if isinstance(second, (int, float)) else _fail()
+    if name == "square":
+        return 2 * of(first)
+    if name == "var":
+        return 2 * of(first)
+    if name == "rsqrt":
+        return -of(first) / 2
+    if name == "sqrt":
+        return of(first) / 2
+    if name == "reciprocal":
+        return -of(first)
+    if name in {"clamp", "clamp_min", "maximum"}:
+        floor = second if second is not None else node.kwargs.get("min")
+        small = isinstance(floor, (int, float)) and abs(floor) <= _LARGEST_EPS
+        return of(first) if small and node.kwargs.get("max") is None else _fail()
+    if name in {"linear", "conv1d", "conv2d", "conv3d"}:
+        return of(first) if argument(node, 2, "bias") is None and len(inputs) == 1 else _fail()
+    if name in {"stack", "cat", "concat"}:
+        parts = {of(part) for part in node.all_input_nodes}
+        return parts.pop() if len(parts) == 1 else _fail()
+    return _fail()
+
+
+def _fail() -> Fraction:
+    raise _NotHomogeneous
+
+
+def _placement(stream: Stream, uses: list[list[fx.Node]]) -> str:
+    """The placement in one word, from the raw uses of every position and from how branches end."""
+    kinds = {obstacle.kind for obstacle in stream.obstacles}
+    if "norm" in kinds:
+        return "post"
+    if "gate" in kinds:
+        return "gated"
+    branches_normed = [all(_ends_in_norm(term) for term in layer.terms) for layer in stream.layers]
+    # Position 0 may be a normalised embedding; it tells about the layers only where there is no other.
+    inputs = uses[1:-1] or uses[:1]
+    raw = [any(culprit.op != "output" for culprit in culprits) for culprits in inputs]
+    if all(raw):
+        return "branch" if all(branches_normed) else "none"
+    if any(raw) or (any(branches_normed) and not all(branches_normed)):
+        return "mixed"
+    if all(branches_normed):
+        return "sandwich"
+    if sum(len(layer.terms) > 1 for layer in stream.layers) * 2 > stream.num_layers:
+        return "parallel"
+    return "pre"
+
+
+def _ends_in_norm(term: fx.Node) -> bool:
+    """Whether the last thing a branch does, before dropout, casts and scaling, is a norm."""
+    pending, steps = [term], 0
+    seen = {term}
+    while pending and steps < 16:
+        node = pending.pop(0)
+        steps += 1
+        name = op_name(node)
+        if name in NORMS or name == "rsqrt":
+            return True
+        if is_contraction(node) or addition_of(node) is not None or node.op in ("placeholder", "get_attr"):
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen and isinstance(float_tensor(source), torch.Tensor):
+                seen.add(source)
+                pending.append(source)
+    return False

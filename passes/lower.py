@@ -1,0 +1,109 @@
+"""Lower: find the markers of converted streams in a graph, hold each to its plan, and rewrite its stream."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attnres_fx.passes._compat import graph_break_reason
+from attnres_fx.passes.detect import detect
+from attnres_fx.passes.graph import copy_graph_module, finish, place_of
+from attnres_fx.passes.normalize import normalize_graph
+from attnres_fx.passes.plan import StreamPlan, has_sites, tracer_path
+from attnres_fx.passes.rewrite import Assignment, rewrite_graph
+from attnres_fx.passes.streams import Stream
+from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, SitesChangedError, SplitStreamError
+from attnres_fx.runtime.marker import ENTER
+
+
+def markers_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """The markers of converted streams in ``gm``, in graph order."""
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is ENTER]
+
+
+def lower_marked(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StreamPlan]]:
+    """A rewritten copy of ``gm``, in which every marker is consumed, and the plans it carried.
+
+    Raises: SitesChangedError, SplitStreamError, GraphBreakError or a refusal of the stream, if the graph does not hold
+    exactly the layers that the conversion recorded.
+    """
+    gm = copy_graph_module(gm)
+    normalize_graph(gm.graph)
+    assignments = assign(gm)
+    rewrite_graph(gm.graph, assignments)
+    for marker in markers_of(gm):
+        marker.replace_all_uses_with(marker.args[0])  # nobody reads it; a stray reader must not keep it alive
+        gm.graph.erase_node(marker)
+    finish(gm)
+    return gm, [assignment.plan for assignment in assignments]
+
+
+def assign(gm: fx.GraphModule) -> list[Assignment]:
+    """Match every marker of a normalized graph with the stream whose sites its plan recorded."""
+    streams = detect(gm)
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    free = list(streams)
+    assignments = []
+    for marker in markers_of(gm):
+        query, key_gain, text = marker.args
+        plan = StreamPlan.from_json(str(text))
+        found = next((s for s in free if order[s.layers[0].node] > order[marker] and has_sites(s, plan.sites)), None)
+        if found is None:
+            raise _explain_mismatch(gm, marker, plan, streams)
+        refusal = found.refusal()
+        if refusal is not None:
+            raise refusal
+        if found.width != plan.width:
+            raise SitesChangedError(f"stream '{plan.name}' has width {found.width}; it was converted at {plan.width}",
+                                    place=place_of(marker), remedy="convert the model anew for this width")
+        free.remove(found)
+        assert isinstance(query, fx.Node)
+        assignments.append(Assignment(found, plan, query, key_gain if isinstance(key_gain, fx.Node) else None))
+    # In graph order, so that a stream that starts from another's value is rewritten after it.
+    return sorted(assignments, key=lambda a: order[a.stream.layers[0].node])
+
+
+def _explain_mismatch(gm: fx.GraphModule, marker: fx.Node, plan: StreamPlan, streams: list[Stream]) -> AttnResError:
+    """Why no stream of the graph is the recorded one, in the words of the likeliest cause."""
+    broken = graph_break_reason(gm)
+    if broken is not None:
+        reason, source = broken
+        return GraphBreakError(
+            f"a graph break cuts stream '{plan.name}': {reason}", place=Place(marker.name, plan.owner, source),
+            remedy="make the line traceable (torch.compile(..., fullgraph=True) tells more)")
+    bodies = [node for node in gm.graph.nodes if node.op == "get_attr" and isinstance(
+        getattr(gm, str(node.target), None), fx.GraphModule)]
+    present = _closest(plan, streams)
+    missing = [f"{path or 'the owner itself'} (call {ordinal + 1})" for path, ordinal in plan.sites
+               if (path, ordinal) not in present]
+    if bodies and missing:
+        return SplitStreamError(
+            f"layers of stream '{plan.name}' are hidden in the body of a higher-order operator: {', '.join(missing[:4])}",
+            place=place_of(marker), remedy="run the model without it (for instance without nested compile regions)")
+    if missing:
+        return SplitStreamError(
+            f"this graph holds {plan.num_layers - len(missing)} of the {plan.num_layers} layers of stream '{plan.name}'; "
+            f"missing: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}", place=place_of(marker),
+            remedy="compile the whole model in one graph: no layer drop or early exit; with DistributedDataParallel set "
+                   "torch._dynamo.config.optimize_ddp=False; if the layers of the model changed, convert anew")
+    extra = sorted({tracer_path(layer.node) for s in streams for layer in s.layers})
+    return SitesChangedError(
+        f"the layers of this graph are not those that the conversion of stream '{plan.name}' recorded; the graph has "
+        f"{[s.num_layers for s in streams]} layers at {extra[:4]}", place=place_of(marker),
+        remedy="call the model as it was converted, or convert it anew with the inputs that it is used with")
+
+
+def _closest(plan: StreamPlan, streams: list[Stream]) -> set[tuple[str, int]]:
+    """The recorded sites that the best matching stream of the graph holds."""
+    best: set[tuple[str, int]] = set()
+    for stream in streams:
+        counts: dict[str, int] = {}
+        here = set()
+        for layer in stream.layers:
+            path = tracer_path(layer.node)
+            relative = next((p for p, _ in plan.sites if p and (path == p or path.endswith("." + p))), "")
+            here.add((relative, counts.get(relative, 0)))
+            counts[relative] = counts.get(relative, 0) + 1
+        here &= set(plan.sites)
+        if len(here) > len(best):
+            best = here
+    return best

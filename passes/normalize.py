@@ -1,0 +1,152 @@
+"""Normalize: bring the spellings of an addition to one, ``aten.add.Tensor(left, right)`` without side effect.
+
+Matches: in-place additions (``x += f``, ``x.add_(f)``) whose target no other live tensor shares memory with;
+``alpha=``; ``torch.addcmul``, ``torch.sub``; sums of a two- or more-element stack. Replaces with: plain sums of two tensors.
+Everything else, and every in-place addition whose target is shared, stays as it is; detection refuses those by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from attnres_fx.passes.graph import finish, float_tensor, insert_call, value_of
+from attnres_fx.passes.vocabulary import Addition, addition_of, argument, is_mutation, op_name, viewed
+
+ADD = torch.ops.aten.add.Tensor
+
+
+def normalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite ``gm`` in place, as the module's first lines say, and return it. Running it twice changes nothing."""
+    if normalize_graph(gm.graph):
+        finish(gm)
+    return gm
+
+
+def normalize_graph(graph: fx.Graph) -> int:
+    """The work of :func:`normalize` on a bare graph, without code generation; returns the number of nodes replaced."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    replaced = 0
+    for node in list(graph.nodes):
+        spelled = _SPELLINGS.get(op_name(node))
+        if spelled is not None:
+            replaced += bool(spelled(node))
+            continue
+        found = addition_of(node)
+        if found is None:
+            continue
+        if is_mutation(node):
+            replaced += _make_functional(node, found, order)
+        elif found.alpha != 1:
+            _replace_by_sum(node, found.left, _scaled(node, found.right, found.alpha))
+            replaced += 1
+    return replaced
+
+
+def _make_functional(node: fx.Node, found: Addition, order: dict[fx.Node, int]) -> int:
+    """``x += f`` becomes ``y = x + f`` and later readers of x read y; not done if another name of x's memory lives on."""
+    target = found.left
+    if not _owns_memory(target, node, order):
+        return 0
+    here = order[node]
+    later = [user for user in target.users if user is not node and order.get(user, here) > here]
+    right = found.right if found.alpha == 1 else _scaled(node, found.right, found.alpha)
+    result = _replace_by_sum(node, target, right, dtype=value_of(target).dtype)
+    for user in later:
+        user.replace_input_with(target, result)
+    return 1
+
+
+def _owns_memory(target: fx.Node, mutation: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether nobody reads ``target``'s memory after ``mutation`` but through ``target`` or the mutation's result."""
+    root = target
+    while (source := viewed(root)) is not None:
+        root = source
+    if root.op in ("placeholder", "get_attr"):
+        return False
+    here = order[mutation]
+    pending, seen = [root], {root}
+    while pending:
+        name = pending.pop()
+        for user in name.users:
+            if user is mutation:
+                continue
+            if name is not target and order.get(user, here) > here:
+                return False
+            if viewed(user) is name and user not in seen:
+                if user is not target and order.get(user, here) > here:
+                    return False
+                seen.add(user)
+                pending.append(user)
+    return True
+
+
+def _scaled(like: fx.Node, value: fx.Node, factor: object) -> fx.Node:
+    with like.graph.inserting_before(like):
+        return insert_call(like.graph, torch.ops.aten.mul.Tensor, (value, factor), like=like)
+
+
+def _replace_by_sum(node: fx.Node, left: fx.Node, right: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
+    graph = node.graph
+    with graph.inserting_before(node):
+        result = insert_call(graph, ADD, (left, right), like=node)
+        wanted = dtype if dtype is not None else value_of(node).dtype
+        if value_of(result).dtype != wanted:
+            result = insert_call(graph, torch.ops.aten.to.dtype, (result, wanted), like=node)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return result
+
+
+def _addcmul(node: fx.Node) -> bool:
+    """``addcmul(x, a, b, value=c)`` is ``x + c * a * b``."""
+    base, first, second = (argument(node, i, n) for i, n in enumerate(("input", "tensor1", "tensor2")))
+    if any(float_tensor(part) is None for part in (base, first, second)):
+        return False
+    factor = argument(node, 3, "value", 1)
+    with node.graph.inserting_before(node):
+        product = insert_call(node.graph, torch.ops.aten.mul.Tensor, (first, second), like=node)
+    _replace_by_sum(node, base, product if factor == 1 else _scaled(node, product, factor))
+    return True
+
+
+def _sub(node: fx.Node) -> bool:
+    """``x - f`` is ``x + (-1) * f``."""
+    left, right = argument(node, 0, "input"), argument(node, 1, "other")
+    whole = float_tensor(node)
+    if float_tensor(left) is None or float_tensor(right) is None or whole is None or whole.dim() < 2:
+        return False
+    _replace_by_sum(node, left, _scaled(node, right, -1 * argument(node, 2, "alpha", 1)))
+    return True
+
+
+def _sum_of_stack(node: fx.Node) -> bool:
+    """``torch.stack([x, f, ...]).sum(0)`` is ``x + f + ...``."""
+    stacked = argument(node, 0, "input", node.kwargs.get("self"))
+    if not isinstance(stacked, fx.Node) or op_name(stacked) != "stack" or len(stacked.users) != 1:
+        return False
+    parts, over = argument(stacked, 0, "tensors"), argument(node, 1, "dim")
+    over = over[0] if isinstance(over, (list, tuple)) and len(over) == 1 else over
+    whole, keep = float_tensor(node), argument(node, 2, "keepdim", False)
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or whole is None or keep or whole.dim() < 2:
+        return False
+    if over is None or over % (whole.dim() + 1) != argument(stacked, 1, "dim", 0) % (whole.dim() + 1):
+        return False
+    if node.kwargs.get("dtype") is not None or any(value_of(part).dtype != whole.dtype for part in parts):
+        return False
+    total = parts[0]
+    with node.graph.inserting_before(node):
+        for part in parts[1:-1]:
+            total = insert_call(node.graph, ADD, (total, part), like=node)
+    _replace_by_sum(node, total, parts[-1])
+    return True
+
+
+_SPELLINGS: dict[str, Callable[[fx.Node], bool]] = {
+    "addcmul": _addcmul,
+    "sub": _sub,
+    "__sub__": _sub,
+    "sum": _sum_of_stack,
+}

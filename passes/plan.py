@@ -1,0 +1,109 @@
+"""The plan of a converted stream: what a conversion fixes and every later graph is held to, as JSON in the marker."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from attnres_fx.passes.graph import stack_paths
+from attnres_fx.passes.partition import sources_at
+from attnres_fx.passes.streams import Stream, sites_of
+from attnres_fx.runtime.errors import CheckpointFileError
+
+FORMAT = 1
+MIX_SCALES = ("paper", "sum")
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """One converted stream.
+
+    ``owner`` is the path of the lowest module that owns all its additions; ``sites`` are (path below the owner, call
+    ordinal), one a layer; ``boundaries`` are the positions at which blocks close, the last one L.
+    """
+
+    name: str
+    owner: str
+    num_layers: int
+    width: int
+    boundaries: tuple[int, ...]
+    sites: tuple[tuple[str, int], ...]
+    eps: float
+    mix_scale: str
+    key_gain: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """N of the paper, as it came out."""
+        return len(self.boundaries)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of everything the plan fixes but the place of its owner."""
+        content = {key: value for key, value in asdict(self).items() if key != "owner"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def output_factor(self, position: int) -> float:
+        """The factor on the mix at ``position``: its number of sources under "sum", 1 under "paper"."""
+        return float(len(sources_at(self.boundaries, position))) if self.mix_scale == "sum" else 1.0
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> StreamPlan:
+        """The plan that :meth:`to_json` wrote."""
+        return StreamPlan.from_dict(json.loads(text))
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> StreamPlan:
+        """A plan from plain data. Raises CheckpointFileError if a field is missing or unknown or does not fit."""
+        try:
+            plan = StreamPlan(**{
+                **content,
+                "boundaries": tuple(int(b) for b in content["boundaries"]),
+                "sites": tuple((str(path), int(ordinal)) for path, ordinal in content["sites"]),
+            })
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointFileError(f"the plan of a stream cannot be read: {error}") from error
+        if plan.boundaries[-1] != plan.num_layers or len(plan.sites) != plan.num_layers:
+            raise CheckpointFileError(f"the plan of stream '{plan.name}' contradicts itself: {plan.num_layers} layers, "
+                                      f"{len(plan.sites)} sites, blocks closing at {list(plan.boundaries)}")
+        if plan.mix_scale not in MIX_SCALES:
+            raise CheckpointFileError(f"the plan of stream '{plan.name}' has an unknown mix_scale {plan.mix_scale!r}")
+        return plan
+
+
+_FRAME_VARIABLE = re.compile(r"^[LG]\[['\"]\w+['\"]\]$")
+
+
+def tracer_path(node: fx.Node) -> str:
+    """The path of the innermost module that runs ``node``, as the tracer spells it; empty for the tracing frame."""
+    stack = stack_paths(node)
+    return stack[-1][1] if stack else ""
+
+
+def relative_sites(stream: Stream, owner: str) -> tuple[tuple[str, int], ...]:
+    """Sites of ``stream`` below the module that the tracer calls ``owner``."""
+    return sites_of([tracer_path(layer.node).removeprefix(owner).lstrip(".") for layer in stream.layers])
+
+
+def has_sites(stream: Stream, sites: Sequence[tuple[str, int]]) -> bool:
+    """Whether the layers of ``stream`` are these sites below one common module, wherever that stands in the graph."""
+    if stream.num_layers != len(sites):
+        return False
+    prefixes = set()
+    for layer, (relative, _) in zip(stream.layers, sites):
+        path = tracer_path(layer.node)
+        if relative and path != relative and not path.endswith("." + relative):
+            return False
+        prefix = path[: len(path) - len(relative)].rstrip(".")
+        prefixes.add("" if _FRAME_VARIABLE.match(prefix) else prefix)
+    return len(prefixes) == 1

@@ -1,0 +1,223 @@
+"""Rewrite: turn a residual stream into Attention Residuals, Eq. 5-6 of the paper.
+
+Matches: a detected stream with its plan. Replaces with: block sums of the layer outputs, and one ``attnres::mix`` a
+position, which every reader of that position reads. The additions of the stream are gone afterwards.
+
+The outputs of layers are kept in the layout of the embedding b_0: where the stream is reshaped or permuted between
+additions, terms are brought back before they are summed, and mixes are brought forward before they are read.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attnres_fx.passes.graph import finish, insert_call, same_size, value_of
+from attnres_fx.passes.partition import sources_at
+from attnres_fx.passes.plan import StreamPlan
+from attnres_fx.passes.streams import Layer, Stream
+from attnres_fx.passes.vocabulary import (
+    CASTS,
+    COPIES,
+    DROPOUTS,
+    PERMUTES,
+    addition_of,
+    argument,
+    op_name,
+    pass_through_chain,
+    passed_through,
+)
+from attnres_fx.runtime.errors import LoweringError
+from attnres_fx.runtime.mix import MIX
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A stream to rewrite, its plan, and the nodes that hold its parameters ([L+1, d] each; the gain may be None)."""
+
+    stream: Stream
+    plan: StreamPlan
+    query: fx.Node
+    key_gain: fx.Node | None
+
+
+def rewrite(gm: fx.GraphModule, assignments: list[Assignment]) -> fx.GraphModule:
+    """Rewrite the assigned streams of ``gm`` in place and return it, linted and recompiled."""
+    rewrite_graph(gm.graph, assignments)
+    return finish(gm)
+
+
+def rewrite_graph(graph: fx.Graph, assignments: list[Assignment]) -> None:
+    """:func:`rewrite` on a bare graph, without code generation."""
+    for assignment in assignments:
+        _Rewriter(graph, assignment).run()
+
+
+class _Rewriter:
+    """The rewrite of one stream: ``blocks`` and ``partial`` are the sources so far, ``layout`` leads from b_0 to here."""
+
+    def __init__(self, graph: fx.Graph, assignment: Assignment) -> None:
+        self.graph = graph
+        self.stream, self.plan = assignment.stream, assignment.plan
+        # An earlier rewrite may have replaced the value this stream starts from.
+        self.embedding = self.stream.layers[0].skip
+        self.blocks = [self.embedding]
+        self.partial: fx.Node | None = None
+        # Taken before anything moves: the pass-throughs on the stream in front of each addition.
+        bases = [self.embedding, *self.stream.values[1:]]
+        self.chains = [pass_through_chain(layer.skip, base) for layer, base in zip(self.stream.layers, bases)]
+        self.layout: list[fx.Node] = []
+        self.queries = self._rows(assignment.query)
+        self.key_gains = self._rows(assignment.key_gain) if assignment.key_gain is not None else None
+
+    def run(self) -> None:
+        for position, layer in enumerate(self.stream.layers, start=1):
+            self.layout += [node for node in self.chains[position - 1] if not _is_layout_free(node)]
+            with self.graph.inserting_before(layer.node.next):
+                self._add_output(self._term(layer), layer, position)
+                mixed = self._mix(layer.node, position)
+            self._redirect(layer.node, mixed, position)
+        for layer in reversed(self.stream.layers):
+            for node in (layer.node, *layer.inner):
+                if not node.users:
+                    self.graph.erase_node(node)
+
+    def _rows(self, stacked: fx.Node) -> fx.Node:
+        """One ``unbind`` for all rows: a ``select`` a row would cost an addition of the whole in the backward, each."""
+        first = self.stream.layers[0].node
+        with self.graph.inserting_before(first):
+            return insert_call(self.graph, aten.unbind.int, (stacked, 0), like=first)
+
+    def _row(self, rows: fx.Node, position: int) -> fx.Node:
+        return insert_call(self.graph, operator.getitem, (rows, position), like=self.stream.layers[position - 1].node)
+
+    def _term(self, layer: Layer) -> fx.Node:
+        """The output of the layer: the original sum without its skip, in the dtype and shape of the original result."""
+        whole = value_of(layer.node)
+        term = self._without_skip(layer.node, layer)
+        if term is None:
+            raise LoweringError(f"the addition '{layer.node.name}' has no term but the stream itself")
+        if not same_size(value_of(term).shape, whole.shape):
+            term = insert_call(self.graph, aten.expand_as.default, (term, self.layout[-1] if self.layout else self.embedding), like=layer.node)
+        return term
+
+    def _without_skip(self, node: fx.Node, layer: Layer) -> fx.Node | None:
+        if node is layer.skip:
+            return None
+        if node is not layer.node and node not in layer.inner:
+            return node
+        found = addition_of(node)
+        if found is None:  # an identity between two sums of one layer
+            inner = passed_through(node)
+            kept = self._without_skip(inner, layer) if inner is not None else None
+            return node if kept is inner else kept
+        left, right = self._without_skip(found.left, layer), self._without_skip(found.right, layer)
+        if left is found.left and right is found.right:
+            return node
+        if left is None or right is None:
+            return right if left is None else left
+        return insert_call(self.graph, aten.add.Tensor, (left, right), like=layer.node)
+
+    def _add_output(self, term: fx.Node, layer: Layer, position: int) -> None:
+        """Eq. 5: b_n^i = b_n^{i-1} + f(h); the first term of a block takes the dtype of the original result."""
+        term = self._to_embedding_layout(term, layer)
+        dtype = value_of(layer.node).dtype
+        if self.partial is None:
+            if value_of(term).dtype != dtype:
+                term = insert_call(self.graph, aten.to.dtype, (term, dtype), like=layer.node)
+            self.partial = term
+        else:
+            self.partial = insert_call(self.graph, aten.add.Tensor, (self.partial, term), like=layer.node,
+                                       record={"stream": self.plan.name, "role": "partial", "position": position})
+        if position in self.plan.boundaries:
+            self.blocks.append(self.partial)
+            self.partial = None
+
+    def _mix(self, original: fx.Node, position: int) -> fx.Node:
+        """Eq. 6: the value every reader of ``position`` reads, in the layout and dtype of the original sum."""
+        sources = [*self.blocks, *([self.partial] if self.partial is not None else [])]
+        expected = len(sources_at(self.plan.boundaries, position))
+        if len(sources) != expected:
+            raise LoweringError(f"position {position} of stream '{self.plan.name}' has {len(sources)} sources, "
+                                f"and the plan says {expected}")
+        query = self._row(self.queries, position)
+        key_gain = self._row(self.key_gains, position) if self.key_gains is not None else None
+        record = {"stream": self.plan.name, "role": "mix", "position": position, "sources": len(sources)}
+        mixed = insert_call(
+            self.graph, MIX, (sources, query, key_gain, self.plan.eps, 1.0, False, self.plan.output_factor(position)),
+            like=original, record=record)
+        for node in self.layout:
+            args = (mixed, *node.args[1:])
+            with_source = {key: mixed if key in ("input", "self") else value for key, value in node.kwargs.items()}
+            mixed = _call_like(self.graph, node, args if node.args else (), with_source)
+        if value_of(mixed).dtype != value_of(original).dtype:
+            mixed = insert_call(self.graph, aten.to.dtype, (mixed, value_of(original).dtype), like=original)
+        return mixed
+
+    def _redirect(self, original: fx.Node, mixed: fx.Node, position: int) -> None:
+        """Every reader of the position reads the one mix; the next addition alone keeps the sum, until it is erased."""
+        own: set[fx.Node] = set()
+        if position < self.stream.num_layers:
+            following = self.stream.layers[position]
+            own = {following.node, *following.inner}
+        for user in list(original.users):
+            if user not in own:
+                user.replace_input_with(original, mixed)
+
+    def _to_embedding_layout(self, term: fx.Node, layer: Layer) -> fx.Node:
+        """Undo the layout changes between b_0 and this layer."""
+        for node in reversed(self.layout):
+            name = op_name(node)
+            before = passed_through(node)
+            if before is None:
+                raise LoweringError(f"'{node.name}' is no pass-through")
+            if name in PERMUTES:
+                order = _inverse_permutation(node)
+                term = insert_call(self.graph, aten.permute.default, (term, order), like=layer.node)
+            else:
+                term = insert_call(self.graph, aten.reshape_as.default, (term, before), like=layer.node)
+        return term
+
+
+def _call_like(graph: fx.Graph, node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> fx.Node:
+    """Apply the pass-through ``node`` to another value."""
+    if node.op == "call_function":
+        return insert_call(graph, node.target, args, like=node, kwargs=kwargs)  # type: ignore[arg-type]
+    method = str(node.target)
+    return insert_call(graph, getattr(torch.Tensor, method), args, like=node, kwargs=kwargs)
+
+
+def _is_layout_free(node: fx.Node) -> bool:
+    """Whether a pass-through keeps the shape (a cast, a copy, an inactive dropout, a reshape to the same shape)."""
+    name = op_name(node)
+    if name in CASTS or name in COPIES or name in DROPOUTS:
+        return True
+    inner = passed_through(node)
+    return name not in PERMUTES and inner is not None and same_size(value_of(inner).shape, value_of(node).shape)
+
+
+def _inverse_permutation(node: fx.Node) -> list[int]:
+    """The dimensions that undo ``node``, a transpose, permute or movedim."""
+    inner = passed_through(node)
+    rank = value_of(inner).dim()
+    name = op_name(node)
+    forward = list(range(rank))
+    if name == "permute":
+        given = argument(node, 1, "dims")
+        dims = list(given) if isinstance(given, (list, tuple)) else list(node.args[1:])
+        forward = [int(dim) % rank for dim in dims]
+    elif name in {"t", "mT"}:
+        forward[-1], forward[-2] = forward[-2], forward[-1]
+    elif name in {"movedim", "moveaxis"}:
+        probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
+        moved = torch.movedim(probe, argument(node, 1, "source"), argument(node, 2, "destination"))
+        forward = [size - 2 for size in moved.shape]
+    else:
+        first, second = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
+        forward[first], forward[second] = forward[second], forward[first]
+    return [forward.index(dim) for dim in range(rank)]

@@ -1,0 +1,144 @@
+"""What detection finds, as plain data: streams, their layers, their readers, and what stands in the way of a rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from attnres_fx.passes.graph import float_tensor, place_of
+from attnres_fx.passes.vocabulary import op_name
+from attnres_fx.runtime.errors import (
+    GatedStreamError,
+    HandWrittenMixError,
+    MutatedStreamError,
+    Place,
+    PostNormError,
+    ScaledStreamError,
+    StreamOperationError,
+    StreamRefusedError,
+)
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """An operation on the stream itself that forbids the rewrite.
+
+    ``kind`` is "norm", "scale", "gate", "operation", "mutation" or "mix"; ``node`` does it.
+    """
+
+    kind: str
+    node: fx.Node
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.node)
+
+    def explain(self) -> tuple[type[StreamRefusedError], str, str]:
+        """(error class, one sentence of why, what the user can do)."""
+        name = op_name(self.node)
+        match self.kind:
+            case "norm":
+                return (PostNormError,
+                        f"post-norm: '{name}' lies on the stream between two additions, so that layers see a normalised "
+                        "sum and no plain sum of layer outputs exists",
+                        "use a pre-norm variant of the model; attention residuals are defined for pre-norm streams")
+            case "scale":
+                return (ScaledStreamError,
+                        f"the stream itself is scaled between two additions ('{name}'), so that it is not the sum of the "
+                        "layer outputs",
+                        "move the factor to the branch, or use a variant of the model without it")
+            case "gate":
+                return (GatedStreamError,
+                        f"the stream itself is gated by a computed value between two additions ('{name}')",
+                        "use a variant of the model with plain residual additions")
+            case "mutation":
+                return (MutatedStreamError,
+                        f"a value of the stream is changed in place by '{name}', which is not a residual addition",
+                        "make the operation out of place, or add its result to the stream")
+            case "mix":
+                return (HandWrittenMixError,
+                        f"values of this chain are mixed by a softmax over depth ('{name}'): the model spells attention "
+                        "residuals out already, and is not converted a second time",
+                        "compile the model as it is")
+            case _:
+                return (StreamOperationError,
+                        f"'{name}' lies on the stream between two additions and is no pass-through",
+                        "apply the operation inside a branch, or leave this stream out with streams=")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One residual addition: ``value = skip + terms``.
+
+    ``node`` is the addition, ``skip`` the raw operand that carries the stream, ``terms`` the raw branch operands (several
+    where branches are added together, as in parallel blocks), ``inner`` further additions of the same sum.
+    """
+
+    node: fx.Node
+    skip: fx.Node
+    terms: tuple[fx.Node, ...]
+    inner: tuple[fx.Node, ...] = ()
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.node)
+
+    @property
+    def form(self) -> str:
+        """The form of the addition in words."""
+        if len(self.terms) == 1:
+            return "x + f(x)"
+        return "x + " + " + ".join(f"f{index}(x)" for index in range(1, len(self.terms) + 1))
+
+
+@dataclass
+class Stream:
+    """One residual stream of a graph.
+
+    Position p is the value after p layers: ``values[0]`` is the embedding (b_0), ``values[p]`` the p-th addition.
+    ``readers[p]`` are the nodes that read position p, the next addition of the stream excepted.
+    """
+
+    name: str
+    layers: list[Layer]
+    values: list[fx.Node]
+    readers: list[list[fx.Node]]
+    obstacles: list[Obstacle] = field(default_factory=list)
+    norm_placement: str = "none"
+    raw_readers: list[tuple[int, fx.Node]] = field(default_factory=list)
+
+    @property
+    def num_layers(self) -> int:
+        """L of the paper."""
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """d of the paper: the size of the last dimension of the stream."""
+        value = float_tensor(self.values[-1])
+        return int(value.shape[-1]) if value is not None else 0
+
+    @property
+    def function_preserving(self) -> bool:
+        """Whether zero queries reproduce the plain network under ``mix_scale="paper"`` as norm eps goes to 0."""
+        return not self.raw_readers and not self.obstacles
+
+    def refusal(self) -> StreamRefusedError | None:
+        """The error that a conversion of this stream raises, or None."""
+        if not self.obstacles:
+            return None
+        first = self.obstacles[0]
+        cls, why, remedy = first.explain()
+        return cls(f"stream '{self.name}' cannot be rewritten: {why}", place=first.place, remedy=remedy)
+
+
+def sites_of(paths: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Sites of a stream: (module path, call ordinal) of each layer, the ordinal counting equal paths in order."""
+    seen: dict[str, int] = {}
+    sites = []
+    for path in paths:
+        sites.append((path, seen.get(path, 0)))
+        seen[path] = seen.get(path, 0) + 1
+    return tuple(sites)

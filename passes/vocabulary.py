@@ -1,0 +1,186 @@
+"""One vocabulary for the graphs of Dynamo, ``torch.export`` and ``torch.fx.symbolic_trace``.
+
+The three spell one operation in many ways (``operator.add``, ``torch.add``, ``aten.add.Tensor``, ``x.add(y)``, a leaf
+module). Passes ask this file what a node means and never look at targets themselves. Names are those of ATen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnres_fx.passes.graph import float_tensor, same_size, value_of
+
+ADDITIONS = frozenset({"add", "iadd", "add_", "__add__", "__iadd__", "__radd__", "radd"})
+
+CASTS = frozenset({"to", "_to_copy", "float", "double", "half", "bfloat16", "type_as", "type", "convert_element_type"})
+COPIES = frozenset({"contiguous", "clone", "alias", "detach_", "Identity", "lift_fresh_copy", "with_sharding_constraint"})
+RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
+                      "reshape_as"})
+PERMUTES = frozenset({"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT"})
+DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout", "Dropout", "dropout_", "dropout1d",
+                      "dropout2d", "dropout3d", "feature_alpha_dropout"})
+
+# Operations that mix the values of a row or of rows with weights: evidence that a branch is a sublayer.
+CONTRACTIONS = frozenset({
+    "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "tensordot", "mv", "dot", "inner",
+    "imatmul", "__matmul__", "_grouped_mm", "grouped_mm", "bilinear", "addmv", "chain_matmul", "multi_dot",
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "Linear", "Conv1d", "Conv2d", "Conv3d", "Bilinear", "MultiheadAttention",
+    "scaled_dot_product_attention", "multi_head_attention_forward", "_scaled_mm", "flex_attention", "lstm", "gru",
+    "rnn_tanh", "flex_attention_hop", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
+})
+
+NORMS = frozenset({
+    "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "LayerNorm", "RMSNorm", "normalize",
+    "fused_layer_norm", "group_norm", "native_group_norm", "instance_norm", "GroupNorm",
+})
+BATCH_NORMS = frozenset({"batch_norm", "_native_batch_norm_legit", "BatchNorm1d", "BatchNorm2d", "SyncBatchNorm"})
+
+
+def op_name(node: fx.Node) -> str:
+    """The short ATen name of what ``node`` computes; an empty string for placeholders, attributes and the output."""
+    if node.op == "call_function":
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            return str(target._schema.name).split("::")[-1]
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            return str(target.__name__)
+        return str(getattr(target, "__name__", target))
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_module":
+        module = node.graph.owning_module
+        return type(module.get_submodule(str(node.target))).__name__ if module is not None else str(node.target)
+    return ""
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """A positional or keyword argument of a call."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """``left + alpha * right``."""
+
+    left: fx.Node
+    right: fx.Node
+    alpha: Any
+
+
+def addition_of(node: fx.Node) -> Addition | None:
+    """``node`` as a sum of two floating-point tensors of rank two or more, or None."""
+    if op_name(node) not in ADDITIONS:
+        return None
+    left = argument(node, 0, "input", node.kwargs.get("self"))
+    right = argument(node, 1, "other")
+    whole, first, second = float_tensor(node), float_tensor(left), float_tensor(right)
+    if whole is None or first is None or second is None or whole.dim() < 2:
+        return None
+    return Addition(left, right, argument(node, 2, "alpha", 1))
+
+
+def is_contraction(node: fx.Node) -> bool:
+    """Whether ``node`` contracts a dimension with weights or with another tensor."""
+    return op_name(node) in CONTRACTIONS
+
+
+def is_active_dropout(node: fx.Node) -> bool:
+    """Whether ``node`` is a dropout that changes values in the mode the graph was traced in."""
+    if op_name(node) not in DROPOUTS:
+        return False
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+        return bool(module.training) and float(getattr(module, "p", 0.0)) > 0
+    probability = argument(node, 1, "p", 0.5)
+    training = argument(node, 2, "training", argument(node, 2, "train", True))
+    return bool(training) and probability != 0
+
+
+def passed_through(node: Any) -> fx.Node | None:
+    """The one tensor that ``node`` hands on unchanged but for dtype, shape or layout; None if it is no pass-through."""
+    if not isinstance(node, fx.Node):
+        return None
+    name = op_name(node)
+    through = name in CASTS or name in COPIES or name in RESHAPES or name in PERMUTES
+    if not through and name in DROPOUTS:
+        through = not is_active_dropout(node)
+    if not through:
+        return None
+    source = argument(node, 0, "input", node.kwargs.get("self"))
+    if float_tensor(source) is None or float_tensor(node) is None:
+        return None
+    return source if isinstance(source, fx.Node) else None
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """``node`` with all pass-throughs taken off."""
+    while (inner := passed_through(node)) is not None:
+        node = inner
+    return node
+
+
+def pass_through_chain(node: fx.Node, base: fx.Node) -> list[fx.Node]:
+    """The pass-throughs that lead from ``base`` (excluded) to ``node`` (included), in order of application."""
+    chain: list[fx.Node] = []
+    while node is not base:
+        chain.append(node)
+        inner = passed_through(node)
+        if inner is None:
+            raise ValueError(f"'{node.name}' is not reached from '{base.name}' by pass-throughs")
+        node = inner
+    return chain[::-1]
+
+
+def keeps_identity(node: fx.Node) -> bool:
+    """Whether ``node`` is a pass-through that changes neither shape nor dtype (a copy, a cast to the same dtype)."""
+    inner = passed_through(node)
+    if inner is None or op_name(node) in PERMUTES:
+        return False
+    before, after = value_of(inner), value_of(node)
+    return before.dtype == after.dtype and same_size(before.shape, after.shape)
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether ``node`` changes its first argument in place."""
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    name = op_name(node)
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__") and name not in {"requires_grad_", "detach_"}
+    if node.op != "call_function":
+        return False
+    if bool(node.kwargs.get("inplace")):
+        return True
+    in_place_operators = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand", "ior",
+                          "ixor", "setitem", "delitem"}
+    module = getattr(node.target, "__module__", "") or ""
+    if name in in_place_operators:
+        return True
+    return name.endswith("_") and not name.endswith("__") and module.startswith(("torch", "_operator", ""))
+
+
+VIEWS = RESHAPES | PERMUTES | frozenset({
+    "getitem", "expand", "expand_as", "narrow", "select", "slice", "chunk", "split", "unbind", "tensor_split", "detach",
+    "alias", "diagonal", "unfold", "as_strided", "split_with_sizes", "T", "getattr", "real", "imag",
+    # These give back their own input where there is nothing to do.
+    "contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "type", "dropout", "Identity", "Dropout",
+})
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """The tensor that ``node`` may share memory with by viewing it, or None."""
+    if op_name(node) not in VIEWS:
+        return None
+    source = argument(node, 0, "input", node.kwargs.get("self"))
+    return source if isinstance(source, fx.Node) else None
+
+
+def is_mix(node: fx.Node) -> bool:
+    """Whether ``node`` is an ``attnres::mix``."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "attnres" and op_name(node) == "mix"

@@ -1,0 +1,1 @@
+"""Operators, their kernels, and the modules that hold the parameters. Nothing here knows torch.fx."""

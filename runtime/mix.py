@@ -1,0 +1,241 @@
+"""The operator ``attnres::mix``: a softmax over depth, its gradient, and the Python function that users call.
+
+The operators are defined with ``torch.library.Library`` rather than ``custom_op``: a call is cheaper, and a native
+kernel can replace the reference on one device by registering itself under that device's dispatch key. The kernels here
+serve every device (CompositeExplicitAutograd).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference
+
+_LIBRARY = torch.library.Library("attnres", "FRAGMENT")
+_LIBRARY.define(
+    "mix(Tensor[] sources, Tensor query, Tensor? key_gain, float eps=1e-6, float logit_scale=1.0, "
+    "bool normalize_values=False, float output_factor=1.0) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "mix_backward(Tensor grad, Tensor[] sources, Tensor query, Tensor? key_gain, float eps, float logit_scale, "
+    "bool normalize_values, float output_factor) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+MIX = torch.ops.attnres.mix.default
+MIX_BACKWARD = torch.ops.attnres.mix_backward.default
+
+
+def _round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Copying into a tensor of our own fixes the strides to those the fake kernels announce and rules out aliases."""
+    return torch.empty(shape, dtype=dtype, device=wide.device).copy_(wide)
+
+
+def _mix_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    options = _with_defaults(*options)
+    reference.check_arguments(sources, query, key_gain, options[0])
+    wide = reference.mix_forward(sources, query, key_gain, *options)
+    return _round_into_new(wide, reference.output_shape(sources, query), reference.result_dtype(sources))
+
+
+def _mix_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    reference.check_arguments(sources, query, key_gain, _with_defaults(*options)[0])
+    return sources[0].new_empty(reference.output_shape(sources, query), dtype=reference.result_dtype(sources))
+
+
+def _mix_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    """The mix as differentiable torch operations, for the transforms that have to look inside."""
+    options = _with_defaults(*options)
+    reference.check_arguments(sources, query, key_gain, options[0])
+    wide = reference.mix_forward(sources, query, key_gain, *options)
+    return wide.to(reference.result_dtype(sources)).contiguous()
+
+
+def _mix_backward_kernel(
+    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    targets = _check_backward(grad, sources, query, key_gain, *options)
+    grads = reference.mix_backward(grad, sources, query, key_gain, *options)
+    return [_round_into_new(wide, target.shape, target.dtype) for wide, target in zip(grads, targets, strict=True)]
+
+
+def _mix_backward_fake(
+    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    return [target.new_empty(target.shape) for target in _check_backward(grad, sources, query, key_gain, *options)]
+
+
+def _mix_backward_composite(
+    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    targets = _check_backward(grad, sources, query, key_gain, *options)
+    grads = reference.mix_backward(grad, sources, query, key_gain, *options)
+    return [wide.to(target.dtype).contiguous() for wide, target in zip(grads, targets, strict=True)]
+
+
+def _with_defaults(
+    eps: float = 1e-6, logit_scale: float = 1.0, normalize_values: bool = False, output_factor: float = 1.0
+) -> tuple[float, float, bool, float]:
+    """The dispatcher drops trailing arguments that equal their defaults; put them back."""
+    return eps, logit_scale, normalize_values, output_factor
+
+
+def _check_backward(
+    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, eps: float, *_: Any
+) -> list[Tensor]:
+    """The tensors that receive a gradient, after a check of everything."""
+    reference.check_arguments(sources, query, key_gain, eps)
+    reference.check_grad(grad, sources, query)
+    return [*sources, query] if key_gain is None else [*sources, query, key_gain]
+
+
+class _Mix(torch.autograd.Function):
+    """Flat arguments: an autograd.Function does not look for tensors inside lists."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], query: Tensor, key_gain: Tensor | None, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key_gain, *sources)
+        ctx.options = options
+        return _below_autograd(list(sources), query, key_gain, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        query, key_gain, *sources = ctx.saved_tensors
+        _, needs_query, needs_gain, *needs_sources = ctx.needs_input_grad
+        # A tangent that arrives with grad would be lost in the operator.
+        operator = _mix_backward_composite if forward_ad._current_level >= 0 else MIX_BACKWARD
+        grads = operator(grad, sources, query, key_gain, *ctx.options)
+        count = len(sources)
+        query_grad = grads[count] if needs_query else None
+        gain_grad = grads[count + 1] if needs_gain else None
+        return None, query_grad, gain_grad, *(g if n else None for g, n in zip(grads, needs_sources))
+
+
+def _mix_autograd(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    """Choose how a call is differentiated.
+
+    Not by ``torch.library.register_autograd``: the function it generates raises under torch.func.grad and drops the
+    tangents of forward mode without a word. Both are served by the differentiable composite.
+    """
+    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(sources, query, key_gain)
+    if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
+        return _mix_composite(sources, query, key_gain, *options)
+    if needs_grad:
+        result: Tensor = _Mix.apply(_with_defaults(*options), query, key_gain, *sources)
+        return result
+    return _below_autograd(sources, query, key_gain, *options)
+
+
+def _below_autograd(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = MIX(sources, query, key_gain, *options)
+    return result
+
+
+def _double_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise NotImplementedError(
+        "attnres::mix can be differentiated only once by loss.backward() and torch.autograd.grad. "
+        "For second derivatives use torch.func (grad of grad, hessian)."
+    )
+
+
+_LIBRARY.impl("mix", _mix_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("mix", _mix_autograd, "Autograd")
+_LIBRARY.impl("mix_backward", _mix_backward_kernel, "CompositeExplicitAutograd")
+for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
+    _LIBRARY.impl("mix", _mix_composite, _key)
+    _LIBRARY.impl("mix_backward", _mix_backward_composite, _key)
+torch.library.register_fake("attnres::mix", _mix_fake, lib=_LIBRARY)
+torch.library.register_fake("attnres::mix_backward", _mix_backward_fake, lib=_LIBRARY)
+# Without this a second backward would treat the first gradients as constants.
+torch.library.register_autograd("attnres::mix_backward", _double_backward, lib=_LIBRARY)
+
+
+def mix(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    key_gain: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    logit_scale: float = 1.0,
+    normalize_values: bool = False,
+    output_factor: float = 1.0,
+) -> Tensor:
+    """Mix tensors by a softmax over depth: the read operation of Attention Residuals.
+
+    For every position (every index of the leading dimensions) with source rows v_1 .. v_n of width d::
+
+        r_i   = 1 / sqrt(mean(v_i ** 2) + eps)
+        key_i = r_i * v_i * key_gain                       (key_gain = 1 if None)
+        a     = softmax over i of (logit_scale * <query, key_i>)
+        out   = output_factor * sum_i a_i * value_i        (value_i = v_i, or key_i if normalize_values)
+
+    With the default options this is the paper's kernel and weights (Eq. 2), its shared keys and values (Eq. 3) and its
+    weighted sum (Eq. 4); given the rows [b_0, .., b_{n-1}] or [b_0, .., b_{n-1}, partial sum] it is the read of Block
+    Attention Residuals (Eq. 6). A zero query gives the mean of the sources, a single source gives that source.
+
+    Normalised values are the keys themselves, key gain included. A gain on the keys alone folds into the query:
+    ``mix(sources, query * key_gain, normalize_values=True)``. Inkling2 of transformers is ``key_gain=None,
+    logit_scale=d ** -0.5, normalize_values=True``; it returns float32 whatever its sources are, which is had by passing
+    any one source as float32.
+
+    Args:
+        sources: n >= 1 tensors of one shape [..., d] on one device, in bfloat16, float16, float32 or float64; the
+            dtypes may differ, strides are free (expanded tensors are fine), leading dimensions may be empty or missing.
+        query: [d], or [M, d] for M mixes of the same sources. Its dtype is independent of the sources'.
+        key_gain: None, or [d], or with an [M, d] query [M, d]. Its dtype is independent too.
+        eps: added to the mean square, not negative. With eps=0 a zero row has no defined weight (NaN).
+        logit_scale: multiplies the logits.
+        normalize_values: sum the normalised keys instead of the raw sources.
+        output_factor: multiplies the result.
+
+    Returns:
+        A new contiguous tensor, [..., d] for a [d] query and [M, ..., d] for an [M, d] one, in the promoted dtype of
+        the sources; it never shares memory with an input. Everything is computed in float32 (float64 if a source is
+        float64), also under autocast, and rounded once at the end.
+
+    Differentiable with respect to the sources, the query and the key gain, each gradient in the dtype of its tensor. A
+    second backward through the first raises NotImplementedError. torch.func (grad, vmap, jvp and their compositions)
+    and forward mode work to any order, on plain torch operations.
+
+    Raises:
+        ValueError: no sources; sources of different shapes; a query or gain whose shape does not fit; different
+            devices; an empty last dimension; a negative eps.
+        TypeError: a dtype that is not one of the four, or sources given as one tensor instead of a sequence.
+    """
+    result: Tensor = MIX(_as_list(sources), query, key_gain, eps, logit_scale, normalize_values, output_factor)
+    return result
+
+
+def depth_weights(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    key_gain: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """The weights a_i that :func:`mix` gives its sources, for reports and tests.
+
+    Takes the arguments of :func:`mix` and raises what it raises. Returns [n, ...] for a [d] query, [M, n, ...] for an
+    [M, d] one, in float32 (float64 if a source is); the weights of a position sum to one. Plain torch operations, so
+    autograd differentiates it as often as wanted.
+    """
+    listed = _as_list(sources)
+    reference.check_arguments(listed, query, key_gain, eps)
+    return reference.depth_weights(listed, query, key_gain, eps, logit_scale)
+
+
+def _as_list(sources: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(sources, Tensor):
+        raise TypeError(
+            "attnres::mix takes a list of sources, got one tensor; for a stacked tensor pass list(stacked.unbind(0))"
+        )
+    return list(sources)

@@ -1,0 +1,241 @@
+"""The meaning of the depth mix: argument checks, values and gradients in plain, list-form torch.
+
+Every faster kernel is tested against these functions. They never stack the sources: a source is widened, read and
+dropped, so the extra memory is a few rows whatever the number of sources. Only the scalars of a row (one per source and
+position) are stacked. Nothing is written in place, so that autograd, forward mode and vmap can follow every step.
+Contractions are spelled as multiply and sum, not as matmul, which would follow autocast and TF32 and quietly lose the
+precision promised for the statistics.
+
+Notation, for a source v_i [..., d], a query w [d] and a key gain g [d] (ones if absent):
+
+    r_i = rsqrt(mean(v_i^2) + eps)          inverse root mean square of a row
+    s_i = r_i <w * g, v_i>                  score
+    a_i = softmax over i of (logit_scale * s_i)
+    out = output_factor * sum_i a_i val_i   with val_i = v_i, or val_i = r_i v_i * g for normalised values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_arguments(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float) -> None:
+    """Raise ValueError (shapes, devices, eps) or TypeError (dtypes) for arguments that have no meaning.
+
+    The comparisons go through ``torch._check_value`` so that symbolic sizes become guards, or run-time assertions where
+    they are unknown, instead of failing the trace.
+    """
+    torch._check_value(len(sources) > 0, lambda: "attnres::mix needs at least one source, got an empty list")
+    first = sources[0]
+    torch._check_value(first.ndim > 0, lambda: "attnres::mix: sources[0] is a scalar; a source has the shape [..., d]")
+    for position, source in enumerate(sources):
+        _check_kind(f"sources[{position}]", source, first.device)
+        _check_shape(f"sources[{position}]", source, first.shape, "the shape of sources[0]")
+    width = first.shape[-1]
+    torch._check_value(width > 0, lambda: "attnres::mix: the last dimension of the sources is empty")
+    torch._check_value(eps >= 0, lambda: f"attnres::mix: eps must not be negative, got {eps}")
+
+    _check_kind("query", query, first.device)
+    torch._check_value(
+        query.ndim in (1, 2),
+        lambda: f"attnres::mix: query must be [d] or [M, d], got {query.ndim} dimensions, shape {tuple(query.shape)}",
+    )
+    torch._check_value(query.shape[0] > 0, lambda: f"attnres::mix: query is empty, shape {tuple(query.shape)}")
+    _check_shape("query", query, (*query.shape[:-1], width), "the width of the sources")
+    if key_gain is not None:
+        _check_kind("key_gain", key_gain, first.device)
+        shape = query.shape if key_gain.ndim == query.ndim else (width,)
+        _check_shape("key_gain", key_gain, shape, "[d], or the shape of query")
+
+
+def check_grad(grad: Tensor, sources: Sequence[Tensor], query: Tensor) -> None:
+    """Raise ValueError unless grad has the shape of the mix."""
+    _check_shape("grad", grad, output_shape(sources, query), "the shape of the mix")
+
+
+def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
+    torch._check_type(
+        tensor.dtype in SUPPORTED_DTYPES,
+        lambda: f"attnres::mix: {name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}",
+    )
+    torch._check_value(
+        tensor.device == device,
+        lambda: f"attnres::mix: {name} is on {tensor.device}, sources[0] is on {device}",
+    )
+
+
+def _check_shape(name: str, tensor: Tensor, shape: Sequence[int], what: str) -> None:
+    def message() -> str:
+        return f"attnres::mix: {name} has the shape {tuple(tensor.shape)}, expected {tuple(shape)} ({what})"
+
+    torch._check_value(tensor.ndim == len(shape), message)
+    for size, expected in zip(tensor.shape, shape, strict=True):
+        torch._check_value(size == expected, message)
+
+
+def result_dtype(sources: Sequence[Tensor]) -> torch.dtype:
+    """The promoted dtype of the sources: that of the mix."""
+    dtype = sources[0].dtype
+    for source in sources[1:]:
+        dtype = torch.promote_types(dtype, source.dtype)
+    return dtype
+
+
+def statistics_dtype(sources: Sequence[Tensor]) -> torch.dtype:
+    """float32, or float64 as soon as one source is: everything is computed in it."""
+    return torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
+
+
+def output_shape(sources: Sequence[Tensor], query: Tensor) -> tuple[int, ...]:
+    """[..., d] for one query, [M, ..., d] for M of them."""
+    return (*query.shape[:-1], *sources[0].shape)
+
+
+def _scores(
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The inverse root mean squares r [n, ...] and the scores s [M, n, ...] of all sources."""
+    keyed = query.to(dtype) if key_gain is None else query.to(dtype) * key_gain.to(dtype)
+    keyed_rows = _rows(keyed).unbind(0)
+    inverse_rms = []
+    scores = []
+    for source in sources:
+        wide = source.to(dtype)
+        scale = torch.rsqrt(wide.square().mean(-1) + eps)
+        inverse_rms.append(scale)
+        scores.append(torch.stack([(wide * row).sum(-1) * scale for row in keyed_rows]))
+    return torch.stack(inverse_rms), torch.stack(scores, dim=1)
+
+
+def depth_weights(
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float, logit_scale: float
+) -> Tensor:
+    """The softmax weights, [n, ...] for one query and [M, n, ...] for M."""
+    _, scores = _scores(sources, query, key_gain, eps, statistics_dtype(sources))
+    weights = torch.softmax(scores * logit_scale, dim=1)
+    return weights if query.ndim == 2 else weights.squeeze(0)
+
+
+def mix_forward(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    key_gain: Tensor | None,
+    eps: float,
+    logit_scale: float,
+    normalize_values: bool,
+    output_factor: float,
+) -> Tensor:
+    """The mix before its rounding: in the statistics' dtype, with any strides."""
+    dtype = statistics_dtype(sources)
+    if len(sources) == 1 and not normalize_values:
+        return (sources[0].to(dtype) * output_factor).expand(output_shape(sources, query))
+
+    inverse_rms, scores = _scores(sources, query, key_gain, eps, dtype)
+    coefficients = torch.softmax(scores * logit_scale, dim=1) * output_factor
+    if normalize_values:
+        coefficients = coefficients * inverse_rms
+    rows = coefficients[:, 0].unsqueeze(-1) * sources[0].to(dtype)
+    for position, source in enumerate(sources[1:], start=1):
+        rows = torch.addcmul(rows, coefficients[:, position].unsqueeze(-1), source.to(dtype))
+    if normalize_values and key_gain is not None:
+        # The gain is common to all sources, so it is applied once, to their sum.
+        rows = rows * _per_query(_rows(key_gain.to(dtype)), rows)
+    return rows.reshape(output_shape(sources, query))
+
+
+def mix_backward(
+    grad: Tensor,
+    sources: Sequence[Tensor],
+    query: Tensor,
+    key_gain: Tensor | None,
+    eps: float,
+    logit_scale: float,
+    normalize_values: bool,
+    output_factor: float,
+) -> list[Tensor]:
+    """The gradients of the sources, of the query and, where there is one, of the key gain, before their rounding.
+
+    With G the gradient of the mix times output_factor (and times g for normalised values), u_i = dL/da_i and
+    ds_i = logit_scale * a_i (u_i - sum_k a_k u_k), a source receives, summed over the queries,
+
+        raw:         a_i G     + ds_i r_i (w * g) - (ds_i s_i)           r_i^2 / d v_i    with u_i = <G, v_i>
+        normalised:  a_i r_i G + ds_i r_i (w * g) - (ds_i s_i + a_i u_i) r_i^2 / d v_i    with u_i = r_i <G, v_i>
+
+    since d r_i / d v_i = -r_i^3 v_i / d. The folded query w * g receives sum_i ds_i r_i v_i, summed over positions.
+    """
+    dtype = statistics_dtype(sources)
+    shape = sources[0].shape
+    width = shape[-1]
+    row_grads = (grad if query.ndim == 2 else grad.unsqueeze(0)).to(dtype) * output_factor
+    if len(sources) == 1 and not normalize_values:
+        # The only weight is the constant one: neither query nor gain has any influence.
+        parameters = [query] if key_gain is None else [query, key_gain]
+        return [row_grads.sum(0), *(torch.zeros_like(parameter, dtype=dtype) for parameter in parameters)]
+
+    inverse_rms, scores = _scores(sources, query, key_gain, eps, dtype)
+    weights = torch.softmax(scores * logit_scale, dim=1)
+    wide_query = _rows(query.to(dtype))
+    wide_gain = None if key_gain is None else _rows(key_gain.to(dtype))
+    keyed = wide_query if wide_gain is None else wide_query * wide_gain
+    value_grads = row_grads
+    if normalize_values and wide_gain is not None:
+        value_grads = row_grads * _per_query(wide_gain, row_grads)
+
+    pulls = torch.stack([(value_grads * source.to(dtype)).sum(-1) for source in sources], dim=1)
+    value_coefficients = weights
+    if normalize_values:
+        pulls = pulls * inverse_rms
+        value_coefficients = weights * inverse_rms
+    score_grads = logit_scale * weights * (pulls - (weights * pulls).sum(1, keepdim=True))
+    key_coefficients = score_grads * inverse_rms
+    shrink = score_grads * scores
+    if normalize_values:
+        shrink = shrink + weights * pulls
+    shrink = shrink.sum(0) * inverse_rms.square() / width
+
+    source_grads: list[Tensor] = []
+    # Per query: the gradient of the folded query, and what the values contribute to that of the gain.
+    keyed_grads: list[Tensor] = [torch.zeros((), dtype=dtype, device=grad.device)] * len(keyed)
+    value_gain_grads = keyed_grads.copy()
+    for position, source in enumerate(sources):
+        wide = source.to(dtype)
+        source_grad = -shrink[position].unsqueeze(-1) * wide
+        for m, row in enumerate(keyed.unbind(0)):
+            key_coefficient = key_coefficients[m, position].unsqueeze(-1)
+            value_coefficient = value_coefficients[m, position].unsqueeze(-1)
+            source_grad = torch.addcmul(source_grad, value_coefficient, value_grads[m])
+            source_grad = torch.addcmul(source_grad, key_coefficient, row)
+            keyed_grads[m] = keyed_grads[m] + _sum_positions(key_coefficient * wide)
+            if normalize_values and wide_gain is not None:
+                value_gain_grads[m] = value_gain_grads[m] + _sum_positions(value_coefficient * wide * row_grads[m])
+        source_grads.append(source_grad)
+
+    keyed_grad = torch.stack(keyed_grads)
+    if key_gain is None or wide_gain is None:
+        return [*source_grads, keyed_grad.reshape(query.shape)]
+    gain_grad = keyed_grad * wide_query
+    if normalize_values:
+        gain_grad = gain_grad + torch.stack(value_gain_grads)
+    if key_gain.ndim < query.ndim:
+        gain_grad = gain_grad.sum(0)
+    return [*source_grads, (keyed_grad * wide_gain).reshape(query.shape), gain_grad.reshape(key_gain.shape)]
+
+
+def _rows(vectors: Tensor) -> Tensor:
+    """[d] as [1, d]; [M, d] as it is."""
+    return vectors if vectors.ndim == 2 else vectors.unsqueeze(0)
+
+
+def _per_query(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Shape [1, d] or [M, d] vectors so that they broadcast over the positions of rows [M, ..., d]."""
+    return vectors.reshape(vectors.shape[0], *(1 for _ in rows.shape[1:-1]), vectors.shape[-1])
+
+
+def _sum_positions(rows: Tensor) -> Tensor:
+    """The sum of [..., d] over everything but the last dimension."""
+    return rows.reshape(-1, rows.shape[-1]).sum(0)
