@@ -36,11 +36,11 @@ def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callab
     return rewritten.forward
 
 
-def enter_streams(module: nn.Module) -> None:
-    """Call the marker for every stream that ``module`` owns."""
+def enter_streams(module: nn.Module, prefix: str = "") -> None:
+    """Call the marker for every stream that ``module`` owns; ``prefix`` goes before the plan."""
     streams: list[StreamParameters] = module.__dict__[STREAMS]
     for parameters in streams:
-        ENTER(parameters.query, parameters.key_gain, parameters.plan)
+        ENTER(parameters.query, parameters.key_gain, prefix + parameters.plan)
 
 
 def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:

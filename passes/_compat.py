@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from attnres_fx.runtime.marker import ENTER
 
@@ -109,3 +110,43 @@ def quiet_dynamo() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The Python frame that Dynamo is compiling: the modules it can name, its own ``self``, whether it is a resumption."""
+
+    modules: list[nn.Module]
+    this: nn.Module | None
+    resumed: bool
+
+
+def compiling_frame() -> Frame | None:
+    """The frame whose graph the backend was called with; None outside of a compilation by Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except (AttributeError, RuntimeError):
+        return None
+    code = output.root_tx.f_code
+    local = dict(output.local_scope)
+    this = local.get(code.co_varnames[0]) if code.co_argcount else None
+    named = [*local.values(), *(output.global_scope[n] for n in code.co_names if n in output.global_scope)]
+    for value in list(named):
+        cells = getattr(value, "__closure__", None) or ()
+        named += [cell.cell_contents for cell in cells]
+        named.append(getattr(value, "__self__", None))
+    modules = [value for value in named if isinstance(value, nn.Module)]
+    method = getattr(type(this), "forward", None)
+    own = isinstance(this, nn.Module) and (code.co_name == "forward" or getattr(method, "__code__", None) is code)
+    return Frame(modules, this if own else None, "torch_dynamo_resume" in code.co_name)
+
+
+def restart_tracing(reason: str) -> NoReturn:
+    """Make Dynamo trace the frame again from its start, after the modules it reads were changed. Never returns."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    InstructionTranslator.current_tx().output.root_tx.speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)

@@ -15,6 +15,11 @@ from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, Site
 from attnres_fx.runtime.marker import ENTER
 
 
+# Before the plan in a marker that a restarted frame calls from within (see attnres_fx.one_line): it counts only where the
+# stream has no marker of its own, which it has as soon as the generated forward is traced.
+RESTART = "restart:"
+
+
 def markers_of(gm: fx.GraphModule) -> list[fx.Node]:
     """The markers of converted streams in ``gm``, in graph order."""
     return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is ENTER]
@@ -43,12 +48,18 @@ def assign(gm: fx.GraphModule) -> list[Assignment]:
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     free = list(streams)
     assignments = []
-    for marker in markers_of(gm):
+    markers = markers_of(gm)
+    marked = {(marker.args[0], marker.args[2]) for marker in markers}
+    for marker in markers:
         query, key_gain, text = marker.args
-        plan = StreamPlan.from_json(str(text))
+        content = str(text).removeprefix(RESTART)
+        if content != text and (query, content) in marked:
+            continue
+        plan = StreamPlan.from_json(content)
         found = next((s for s in free if order[s.layers[0].node] > order[marker] and has_sites(s, plan.sites)), None)
         if found is None:
             raise _explain_mismatch(gm, marker, plan, streams)
+        found.name = plan.name
         refusal = found.refusal()
         if refusal is not None:
             raise refusal

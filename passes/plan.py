@@ -81,6 +81,7 @@ class StreamPlan:
         return plan
 
 
+_FRAME_PREFIX = re.compile(r"^[LG]\[['\"]\w+['\"]\]")
 _FRAME_VARIABLE = re.compile(r"^[LG]\[['\"]\w+['\"]\]$")
 
 
@@ -92,7 +93,10 @@ def tracer_path(node: fx.Node) -> str:
 
 def relative_sites(stream: Stream, owner: str) -> tuple[tuple[str, int], ...]:
     """Sites of ``stream`` below the module that the tracer calls ``owner``."""
-    return sites_of([tracer_path(layer.node).removeprefix(owner).lstrip(".") for layer in stream.layers])
+    paths = [tracer_path(layer.node).removeprefix(owner) for layer in stream.layers]
+    if not owner:  # the owner is the tracing frame itself, whose paths start with the name of its variable
+        paths = [_FRAME_PREFIX.sub("", path) for path in paths]
+    return sites_of([path.lstrip(".") for path in paths])
 
 
 def has_sites(stream: Stream, sites: Sequence[tuple[str, int]]) -> bool:

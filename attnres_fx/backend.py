@@ -1,0 +1,87 @@
+"""The ``torch.compile`` backend "attnres": rewrite what is converted, convert what is plain, hand the rest on.
+
+Registered by the entry point group ``torch_dynamo_backends`` alone, so that ``torch.compile(model, backend="attnres")``
+works without an import.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnres_fx.options import Options
+from attnres_fx.passes._compat import run_aot_eager, run_inductor
+from attnres_fx.passes.lower import lower_marked, markers_of
+from attnres_fx.passes.partition import partition
+from attnres_fx.passes.plan import StreamPlan
+from attnres_fx.runtime.errors import OptionError
+
+log = logging.getLogger(__name__)
+
+
+def attnres(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph of Dynamo.
+
+    A graph of a converted model is rewritten. A graph with residual streams and no marker belongs to a plain model, which
+    is converted while it is being compiled (the one-line form). Any other graph goes to Inductor as it is.
+
+    Raises: AttnResError of the kind that names the cause; Dynamo wraps it in its BackendCompilerFailed.
+    """
+    chosen = Options.from_arguments(mode, options)
+    if markers_of(gm):
+        rewritten, plans = lower_marked(gm)
+        for plan in plans:
+            _check_fixed(plan, chosen)
+        _record(rewritten, plans)
+        return compile_downstream(rewritten, example_inputs, chosen)
+    from attnres_fx.one_line import convert_while_compiling
+
+    convert_while_compiling(gm, chosen)
+    return compile_downstream(gm, example_inputs, chosen)
+
+
+def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Hand a graph to the compiler that the options name."""
+    match options.downstream:
+        case "eager":
+            return gm.forward
+        case "aot_eager":
+            return run_aot_eager(gm, inputs)
+        case _:
+            return run_inductor(gm, inputs, dict(options.inductor))
+
+
+def _check_fixed(plan: StreamPlan, options: Options) -> None:
+    """N and S are the model's meaning: options may repeat them and never change them."""
+    given = options.conversion()
+    blocks = {key: given[key] for key in ("num_blocks", "layers_per_block") if key in given}
+    wrong = [key for key in ("eps", "mix_scale") if key in given and given[key] != getattr(plan, key)]
+    if blocks and partition(plan.num_layers, **blocks) != plan.boundaries:
+        wrong += list(blocks)
+    if wrong:
+        raise OptionError(
+            f"the model was converted with other values of {', '.join(wrong)} (stream '{plan.name}': blocks close at "
+            f"{list(plan.boundaries)}, mix_scale '{plan.mix_scale}', eps {plan.eps})",
+            remedy="leave these options out, or convert a plain model anew")
+
+
+def _record(gm: fx.GraphModule, plans: Sequence[StreamPlan]) -> None:
+    """Tell torch's own logs what was done (``TORCH_LOGS="attnres_fx"``, ``TORCH_TRACE``)."""
+    for plan in plans:
+        log.info("rewrote stream '%s': %d layers in %d blocks, mix_scale %s", plan.name, plan.num_layers,
+                 plan.num_blocks, plan.mix_scale)
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "attnres_rewritten_graph", "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )

@@ -1,0 +1,183 @@
+"""Files on disk: read JSON and safetensors with one clear error for each fault, and write outputs whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnres_fx.runtime.errors import CheckpointFileError
+
+if TYPE_CHECKING:
+    import torch
+
+PLAN_FILE = "attnres.json"
+PARAMETER_FILE = "attnres.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+_FLAT_LIST = re.compile(r"\[[^\[\]{}\"]*(?:\"[^\"\\\[\]]*\"[^\[\]{}\"]*)*\]")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to its first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises CheckpointFileError if it is missing, unreadable or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointFileError(f"there is no file '{path}'") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointFileError(f"'{path}' is not readable JSON: {first_line(error)}",
+                                  remedy="the file is damaged; restore or write it anew") from error
+    if not isinstance(content, dict):
+        raise CheckpointFileError(f"'{path}' holds no JSON object but a {type(content).__name__}")
+    return content
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """JSON for people: indented, keys in the order given, lists of plain values on one line."""
+    spread = json.dumps(content, indent=2)
+    compact = _FLAT_LIST.sub(lambda found: re.sub(r"\s*\n\s*", " ", found.group()).replace("[ ", "[").replace(" ]", "]"),
+                             spread)
+    return (compact if json.loads(compact) == json.loads(spread) else spread) + "\n"
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointFileError if it is missing, truncated or of another format."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CheckpointFileError(f"there is no file '{path}'")
+    try:
+        return load_file(path)  # type: ignore[no-any-return]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointFileError(f"'{path}' is no whole safetensors file: {first_line(error)}",
+                                  remedy="it is truncated or of another format; copy or write it anew") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file (into a place that :func:`whole_file` or :func:`whole_directory` gave)."""
+    from safetensors.torch import save_file
+
+    # Clones, since safetensors refuses tensors that share memory, and views of larger ones.
+    save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path,
+              metadata={"format": "pt"})
+
+
+def weight_files(directory: Path) -> dict[str, list[str] | None]:
+    """The weight files of a checkpoint directory, each with the keys that an index assigns to it (None without index).
+
+    Raises CheckpointFileError where there is none, or where a file that the index names is missing.
+    """
+    index_path = directory / INDEX_FILE
+    if (directory / WEIGHTS_FILE).is_file():
+        return {WEIGHTS_FILE: None}
+    if not index_path.is_file():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+        if pickles:
+            raise CheckpointFileError(
+                f"'{directory}' holds pickled weights ('{pickles[0]}'), which are not opened, since unpickling runs code",
+                remedy="load them where you trust them and save with safetensors (model.save_pretrained)")
+        raise CheckpointFileError(f"'{directory}' holds no weights", remedy=f"it needs '{WEIGHTS_FILE}' or '{INDEX_FILE}'")
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointFileError(f"'{index_path}' has no 'weight_map' from keys to files")
+    files: dict[str, list[str] | None] = {}
+    for key, name in weight_map.items():
+        if Path(name).name != name:
+            raise CheckpointFileError(f"'{index_path}' names a file outside of its directory: '{name}'")
+        if name != PARAMETER_FILE:
+            kept = files.setdefault(name, [])
+            assert kept is not None
+            kept.append(key)
+    return files
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint directory, sharded or not, without the parameters of attention residuals."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, keys in weight_files(directory).items():
+        shard = read_tensors(directory / name)
+        absent = [key for key in keys or () if key not in shard]
+        if absent:
+            raise CheckpointFileError(f"'{directory / name}' lacks '{absent[0]}', which '{INDEX_FILE}' places there")
+        tensors.update(shard)
+    return tensors
+
+
+@contextmanager
+def whole_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary file beside ``path`` to write to; it takes the name ``path`` when the block ends well, else it is gone."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise _exists(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside ``path`` to fill; it becomes ``path`` when the block ends well, else it is gone.
+
+    An empty directory at ``path`` is replaced. A full one is replaced only if ``overwrite`` and if it was written here.
+    """
+    check_directory(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    partial.mkdir()
+    try:
+        yield partial
+        retired = _beside(path)
+        if path.exists():
+            path.rename(retired)
+        try:
+            partial.rename(path)
+        except OSError:
+            if retired.exists():
+                retired.rename(path)
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_directory(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, what :func:`whole_directory` would refuse at ``path``."""
+    if path.is_dir() and not path.is_symlink():
+        if not any(path.iterdir()):
+            return
+        if overwrite and (path / PLAN_FILE).is_file():
+            return
+        if overwrite:
+            raise CheckpointFileError(f"'{path}' exists and was not written by attnres_fx, so that it is not overwritten",
+                                      remedy="give another name, or remove it yourself")
+        raise _exists(path)
+    if path.exists() or path.is_symlink():
+        raise CheckpointFileError(f"'{path}' exists and is no directory", remedy="give another name")
+
+
+def _exists(path: Path) -> CheckpointFileError:
+    return CheckpointFileError(f"'{path}' exists already",
+                               remedy="give another name, or overwrite it with overwrite=True (--force)")
+
+
+def _beside(path: Path) -> Path:
+    """A fresh name in the directory of ``path`` (so that a rename is atomic) with the same suffix."""
+    return path.absolute().parent / f".{path.stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}"

@@ -1,0 +1,145 @@
+"""The one-line form: ``torch.compile(plain_model, backend="attnres")`` converts the model while it is being compiled.
+
+The backend is called with the plain graph of a frame. It finds the live modules behind the graph, gives the model its
+parameters and classes as ``convert`` does, and asks Dynamo to trace the frame again: the first call runs rewritten
+already. Where anything is in doubt it raises, and names the two-line form.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from attnres_fx.conversion import attach, parameter_dtype, plan_streams
+from attnres_fx.options import Options
+from attnres_fx.passes._compat import compiling_frame, graph_break_reason, restart_tracing
+from attnres_fx.passes.detect import detect
+from attnres_fx.passes.graph import copy_graph_module, stack_paths
+from attnres_fx.passes.lower import RESTART
+from attnres_fx.passes.normalize import normalize_graph
+from attnres_fx.passes.streams import Stream
+from attnres_fx.passes.vocabulary import base_of, is_mix
+from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class
+from attnres_fx.runtime.errors import GraphBreakError, OneLineError, PartOfConvertedError, Place
+
+_TWO_LINES = (
+    "convert first, then compile: attnres_fx.convert(model, args, kwargs, num_blocks=8); "
+    "model = torch.compile(model, backend='attnres')"
+)
+_RESTARTED = "_attnres_restarted"  # on the submodule that carries the marker of a restarted frame: the root
+
+
+def convert_while_compiling(gm: fx.GraphModule, options: Options) -> None:
+    """Convert the plain model behind ``gm`` and restart the tracing of its frame; return if there is nothing to convert.
+
+    Raises: a refusal of the stream, or OneLineError where the live model cannot be found with certainty.
+    """
+    working = copy_graph_module(gm)
+    normalize_graph(working.graph)
+    # What mixes already, by hand or by attnres_fx.mix, is compiled as it is.
+    streams = [s for s in detect(working) if not any(o.kind == "mix" for o in s.obstacles)]
+    frame = compiling_frame()
+    modules = [] if frame is None else frame.modules
+    _refuse_parts(modules)
+    if not streams or any(is_mix(node) for node in gm.graph.nodes):
+        return
+    broken = graph_break_reason(gm)
+    if broken is not None or (frame is not None and frame.resumed):
+        reason, source = broken or ("the frame resumes after a graph break", "")
+        raise GraphBreakError(f"a graph break cuts the model: {reason}", place=Place(source=source),
+                              remedy=f"make the model traceable in one graph, or {_TWO_LINES}")
+    _refuse_pieces(working, streams)
+    if frame is None:
+        raise OneLineError("the compiling frame cannot be seen, so the model cannot be converted while it is compiled",
+                           remedy=_TWO_LINES)
+    root = _root(streams[0], modules, frame.this)
+    converted = is_converted_class(type(root)) or "attnres" in root._modules
+    if not converted:
+        plans = plan_streams(working, root, **options.conversion())
+        attach(root, plans, parameter_dtype(root))
+        _watch_optimizers(root)
+    if root is frame.this and STREAMS in root.__dict__:
+        _mark_from_inside(working, root)
+    elif converted:
+        raise OneLineError("the model is converted, and its graph does not call the rewritten forward", remedy=_TWO_LINES)
+    restart_tracing("attnres_fx converted the model")
+
+
+def _refuse_parts(modules: list[nn.Module]) -> None:
+    """A piece of a converted model that is compiled on its own would run without its mixes."""
+    for module in modules:
+        owner = module.__dict__.get(PART)
+        if owner is not None:
+            raise PartOfConvertedError(
+                f"this {type(module).__name__} is one layer of a converted model (its stream belongs to '{owner}')",
+                remedy="compile the whole model: torch.compile(model, backend='attnres')")
+
+
+def _refuse_pieces(gm: fx.GraphModule, streams: list[Stream]) -> None:
+    """A frame whose stream comes in as an input and goes out raw is a piece of a larger network."""
+    for stream in streams:
+        start = base_of(stream.layers[0].skip)
+        leaves_raw = any(user.op == "output" for user in stream.values[-1].users)
+        if start.op == "placeholder" and leaves_raw:
+            raise OneLineError(
+                f"the residual stream crosses the border of what is compiled: it comes in as '{start.name}' and goes out "
+                "unnormalised, as in one layer of a larger model", place=stream.layers[0].place,
+                remedy="compile the whole model instead of its layers; if this is the whole model, " + _TWO_LINES)
+
+
+def _root(stream: Stream, modules: list[nn.Module], this: nn.Module | None) -> nn.Module:
+    """The outermost module of the frame that runs the stream."""
+    keys = {key for layer in stream.layers for key, _ in stack_paths(layer.node)}
+    if this is not None and (not keys or any(str(id(m)) in keys for m in this.modules())):
+        return this
+    outermost = stack_paths(stream.layers[0].node)[:1]
+    for module in modules:
+        for candidate in module.modules():
+            if outermost and str(id(candidate)) == outermost[0][0]:
+                return candidate
+    raise OneLineError("the module that runs the stream cannot be found from the compiled function",
+                       place=stream.layers[0].place, remedy=_TWO_LINES)
+
+
+def _mark_from_inside(gm: fx.GraphModule, root: nn.Module) -> None:
+    """The frame is the root's old forward, which is traced again as it is: its first submodule calls the marker."""
+    names = {str(id(module)): module for module in root.modules() if module is not root}
+    first = next((names[key] for node in gm.graph.nodes for key, _ in stack_paths(node)[:1] if key in names), None)
+    if first is None:
+        raise OneLineError("the model's forward calls no submodule that could carry its parameters into the graph",
+                           remedy=_TWO_LINES)
+
+    first.__dict__[_RESTARTED] = root
+    first.register_forward_pre_hook(_enter_again)
+
+
+def _enter_again(module: nn.Module, args: Any) -> None:
+    """A pre-hook that outlives the restart, since the guards of the restarted frame name it; see ``RESTART``."""
+    if torch.compiler.is_compiling():
+        enter_streams(module.__dict__[_RESTARTED], RESTART)
+
+
+def _watch_optimizers(model: nn.Module) -> None:
+    """An optimizer built before the first call cannot know the queries: say so at its first step."""
+    reference = weakref.ref(model)
+    checked: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        watched = reference()
+        if watched is None or optimizer in checked:
+            return
+        checked.add(optimizer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = {id(p) for name, p in watched.named_parameters() if not name.startswith("attnres.")}
+        new = {id(p) for p in watched.attnres.parameters() if p.requires_grad}  # type: ignore[union-attr, operator]
+        if held & own and not new <= held:
+            raise OneLineError(
+                "this optimizer was built before the model was converted by its first compiled call, and does not hold "
+                "the queries", remedy=f"build the optimizer after the first call, or {_TWO_LINES}")
+
+    weakref.finalize(model, register_optimizer_step_pre_hook(check).remove)
+

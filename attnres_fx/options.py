@@ -1,0 +1,68 @@
+"""The options of ``torch.compile(model, backend="attnres", options={...})``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from attnres_fx.passes.plan import MIX_SCALES
+from attnres_fx.runtime.errors import OptionError
+
+DOWNSTREAMS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the backend can be told.
+
+    num_blocks, layers_per_block, mix_scale, eps: as in :func:`attnres_fx.convert`, for the one-line form, which converts a
+        plain model while it is compiled. A converted model has them fixed; giving others is an error.
+    downstream: who compiles the rewritten graph: "inductor", or for debugging "aot_eager" or "eager".
+    inductor: configuration patches handed on to Inductor.
+    """
+
+    num_blocks: int | None = None
+    layers_per_block: int | None = None
+    mix_scale: str | None = None
+    eps: float | None = None
+    downstream: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_arguments(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+        """Options from what ``torch.compile`` passes. Raises OptionError, with the nearest name for an unknown key."""
+        given = dict(options or {})
+        known = [entry.name for entry in fields(Options)]
+        for key in given:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean '{near[0]}'? " if near else ""
+                raise OptionError(f"unknown option '{key}'", remedy=f"{hint}known options are: {', '.join(known)}")
+        result = Options(**given)
+        result._check()
+        if mode is not None and mode != "default":
+            from torch._inductor import list_mode_options
+
+            result = Options(**{**given, "inductor": {**list_mode_options(mode), **result.inductor}})
+        return result
+
+    def _check(self) -> None:
+        if self.downstream not in DOWNSTREAMS:
+            raise OptionError(f"downstream is {self.downstream!r}", remedy=f"give one of {', '.join(DOWNSTREAMS)}")
+        if self.mix_scale is not None and self.mix_scale not in MIX_SCALES:
+            raise OptionError(f"mix_scale is {self.mix_scale!r}", remedy="give 'paper' or 'sum'")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"inductor is {self.inductor!r}", remedy="give a dictionary of Inductor's options")
+        for name in ("num_blocks", "layers_per_block"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} is {value!r}", remedy="give a whole number of 1 or more")
+        if self.eps is not None and not (isinstance(self.eps, (int, float)) and self.eps > 0):
+            raise OptionError(f"eps is {self.eps!r}", remedy="give a small positive number")
+
+    def conversion(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`attnres_fx.convert` that were given."""
+        names = ("num_blocks", "layers_per_block", "mix_scale", "eps")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

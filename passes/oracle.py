@@ -1,0 +1,97 @@
+"""The oracle: run a plain graph as Attention Residuals by Eq. 5-6 themselves, without any of the rewrite's nodes.
+
+An interpreter executes the plain graph node by node. Where a residual addition stands, it takes down the output of the
+layer, sums the outputs so far into blocks anew, computes the softmax over depth with elementary operations, and hands the
+mix to the readers in place of the sum. It shares detection with the rewrite and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnres_fx.passes.plan import StreamPlan
+from attnres_fx.passes.streams import Layer, Stream
+from attnres_fx.passes.vocabulary import base_of, pass_through_chain
+
+
+class OracleInterpreter(fx.Interpreter):
+    """Executes a normalized plain graph with the streams in ``parameters`` mixed: (stream, plan, query, key gain)."""
+
+    def __init__(
+        self, gm: fx.GraphModule, parameters: Sequence[tuple[Stream, StreamPlan, Tensor, Tensor | None]]
+    ) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self._layers: dict[fx.Node, tuple[int, int]] = {}
+        self._parameters = list(parameters)
+        self._outputs: list[list[Tensor]] = [[] for _ in parameters]
+        for index, (stream, *_) in enumerate(parameters):
+            for position, layer in enumerate(stream.layers, start=1):
+                self._layers[layer.node] = (index, position)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of ``n``: the mix where ``n`` is an addition of a stream."""
+        found = self._layers.get(n)
+        plain = super().run_node(n)
+        return plain if found is None else self._mix(plain, *found)
+
+    def _mix(self, plain: Tensor, index: int, position: int) -> Tensor:
+        stream, plan, query, key_gain = self._parameters[index]
+        outputs, layer = self._outputs[index], stream.layers[position - 1]
+        if position == 1:
+            outputs.append(self.env[layer.skip])
+        else:
+            self._follow_layout(outputs, stream, position, layer)
+        output = torch.zeros_like(plain)
+        for term in layer.terms:
+            output = output + self.env[term]
+        outputs.append(output.to(plain.dtype))
+        mixed = mix_by_definition(outputs, plan.boundaries, query[position],
+                                  None if key_gain is None else key_gain[position], plan.eps)
+        if plan.mix_scale == "sum":
+            mixed = mixed * len(sources_by_definition(outputs, plan.boundaries))
+        return mixed.to(plain.dtype)
+
+    def _follow_layout(self, outputs: list[Tensor], stream: Stream, position: int, layer: Layer) -> None:
+        """Take the recorded outputs through the pass-throughs that the stream itself goes through."""
+        base = base_of(layer.skip)
+        for node in pass_through_chain(layer.skip, base):
+            kept = self.env[node]
+            before = node.all_input_nodes[0]
+            saved = self.env[before]
+            for i, value in enumerate(outputs):
+                self.env[before] = value
+                outputs[i] = super().run_node(node)
+            self.env[before], self.env[node] = saved, kept
+
+
+def sources_by_definition(outputs: Sequence[Tensor], boundaries: Sequence[int]) -> list[Tensor]:
+    """Eq. 5-6: [b_0, the complete block sums, the partial sum if there is one] from b_0 and the layer outputs so far."""
+    embedding, layers = outputs[0], outputs[1:]
+    sources, start = [embedding], 0
+    for end in boundaries:
+        members = layers[start:end]
+        if members:
+            total = members[0]
+            for member in members[1:]:
+                total = total + member
+            sources.append(total)
+        start = end
+    return sources
+
+
+def mix_by_definition(
+    outputs: Sequence[Tensor], boundaries: Sequence[int], query: Tensor, key_gain: Tensor | None, eps: float
+) -> Tensor:
+    """Eq. 2-4 by elementary operations on the stacked sources, in float32 or better."""
+    sources = sources_by_definition(outputs, boundaries)
+    wide = torch.float64 if any(s.dtype == torch.float64 for s in sources) else torch.float32
+    values = torch.stack([s.to(wide) for s in sources])
+    keys = values / torch.sqrt(values.square().mean(-1, keepdim=True) + eps)
+    if key_gain is not None:
+        keys = keys * key_gain.to(wide)
+    weights = (keys * query.to(wide)).sum(-1, keepdim=True).softmax(0)
+    return (weights * values).sum(0)
