@@ -11,8 +11,7 @@ from torch import fx, nn
 from attnres_fx.analysis import as_args, name_streams, owner_of, unwrap
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
-from attnres_fx.passes.lower import lower_marked, markers_of
-from attnres_fx.passes.normalize import normalize_graph
+from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import MIX_SCALES, StreamPlan, relative_sites
 from attnres_fx.passes.streams import Stream
@@ -111,8 +110,7 @@ def plan_streams(
     key_gain: bool = True,
 ) -> list[StreamPlan]:
     """The plans of the streams to convert, from a captured graph; raises what :func:`convert` raises."""
-    normalize_graph(gm.graph)
-    found = detect(gm)
+    found = detect(prepare(gm))
     if not found:
         raise NoStreamError("no residual stream was found in the model",
                             remedy="attention residuals need additions x + f(x); attnres_fx.analyze shows what is seen")

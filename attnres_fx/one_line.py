@@ -18,9 +18,8 @@ from attnres_fx.conversion import attach, parameter_dtype, plan_streams
 from attnres_fx.options import Options
 from attnres_fx.passes._compat import compiling_frame, graph_break_reason, restart_tracing
 from attnres_fx.passes.detect import detect
-from attnres_fx.passes.graph import copy_graph_module, stack_paths
-from attnres_fx.passes.lower import RESTART
-from attnres_fx.passes.normalize import normalize_graph
+from attnres_fx.passes.graph import stack_paths
+from attnres_fx.passes.lower import RESTART, prepare
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import base_of, is_mix
 from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class
@@ -38,8 +37,7 @@ def convert_while_compiling(gm: fx.GraphModule, options: Options) -> None:
 
     Raises: a refusal of the stream, or OneLineError where the live model cannot be found with certainty.
     """
-    working = copy_graph_module(gm)
-    normalize_graph(working.graph)
+    working = prepare(gm)
     # What mixes already, by hand or by attnres_fx.mix, is compiled as it is.
     streams = [s for s in detect(working) if not any(o.kind == "mix" for o in s.obstacles)]
     frame = compiling_frame()

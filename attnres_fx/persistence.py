@@ -222,6 +222,8 @@ def check_description(content: dict[str, Any], name: str) -> tuple[dict[str, Any
         raise CheckpointFileError(f"'{name}' lists no streams")
     if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise CheckpointFileError(f"'{name}' has an unknown param_dtype {dtype!r}")
+    if not isinstance(content.get("aliases", {}), dict):
+        raise CheckpointFileError(f"'{name}' has aliases that are no object")
     try:
         return content, [StreamPlan.from_dict(stream) for stream in streams]
     except CheckpointFileError as error:

@@ -27,6 +27,7 @@ from attnres_fx.files import (
     json_text,
     read_json,
     read_weights,
+    whole_directory,
     write_tensors,
 )
 from attnres_fx.runtime.errors import AttnResError, CheckpointFileError, OptionError
@@ -205,3 +206,17 @@ def _told(error: Exception) -> str:
     """The telling line of an error of transformers: its reports begin with colour codes and tables."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
     return first_line(type(error)(text)) if text.strip() else type(error).__name__
+
+
+def write_beside(source: Path, out: Path, model: nn.Module, *, overwrite: bool = False) -> None:
+    """Write a copy of the checkpoint ``source`` to ``out``, byte for byte, with the two files of the converted ``model``."""
+    from attnres_fx.persistence import describe, tensors_of
+
+    ours = {key: value for key, value in tensors_of(model).items() if key.startswith(PREFIX)}
+    with whole_directory(out, overwrite=overwrite) as partial:
+        try:
+            shutil.copytree(source, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
+        except (OSError, shutil.Error) as error:
+            raise CheckpointFileError(f"'{source}' cannot be copied to '{out}': {first_line(error)}") from error
+        write_tensors(partial / PARAMETER_FILE, ours)
+        (partial / PLAN_FILE).write_text(json_text(describe(model, ours)), encoding="utf-8")

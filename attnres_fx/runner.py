@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import inner_error, is_graph_break, is_recompile_limit
+from attnres_fx.passes._compat import inner_error, is_graph_break, is_recompile_limit, run_aot_eager
 from attnres_fx.passes.capture import graph_break_error
+from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
 from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, SitesChangedError
 from attnres_fx.runtime.marker import ENTER
@@ -33,6 +34,9 @@ def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callab
         raise SitesChangedError("a graph of a converted model holds no marker",
                                 remedy="this is a fault of attnres_fx; please report it with the model")
     rewritten, _ = lower_marked(gm)
+    # Run eagerly, the tags of a checkpointed layer mean nothing: only AOTAutograd's partitioner recomputes by them.
+    if torch.is_grad_enabled() and holds_checkpoint(rewritten):
+        return run_aot_eager(rewritten, inputs)
     return rewritten.forward
 
 

@@ -14,8 +14,7 @@ from attnres_fx.analysis import as_args, unwrap
 from attnres_fx.conversion import plans_of
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.graph import copy_graph_module, finish
-from attnres_fx.passes.lower import assign, lower_marked, markers_of
-from attnres_fx.passes.normalize import normalize_graph
+from attnres_fx.passes.lower import assign, lower_marked, markers_of, prepare
 from attnres_fx.passes.oracle import OracleInterpreter
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.streams import Stream
@@ -115,8 +114,7 @@ def verify(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = 
     traced = _Traced(gm, inputs)
     plain = _without_markers(gm)
     rewritten, _ = lower_marked(gm)
-    marked = copy_graph_module(gm)
-    normalize_graph(marked.graph)
+    marked = prepare(gm)
     assignments = assign(marked)
 
     generator = torch.Generator().manual_seed(seed)

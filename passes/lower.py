@@ -7,6 +7,7 @@ from torch import fx
 from attnres_fx.passes._compat import graph_break_reason
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import copy_graph_module, finish, place_of
+from attnres_fx.passes.inline import inline_graph
 from attnres_fx.passes.normalize import normalize_graph
 from attnres_fx.passes.plan import StreamPlan, has_sites, tracer_path
 from attnres_fx.passes.rewrite import Assignment, rewrite_graph
@@ -31,8 +32,7 @@ def lower_marked(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StreamPlan]]:
     Raises: SitesChangedError, SplitStreamError, GraphBreakError or a refusal of the stream, if the graph does not hold
     exactly the layers that the conversion recorded.
     """
-    gm = copy_graph_module(gm)
-    normalize_graph(gm.graph)
+    gm = prepare(gm)
     assignments = assign(gm)
     rewrite_graph(gm.graph, assignments)
     for marker in markers_of(gm):
@@ -40,6 +40,14 @@ def lower_marked(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StreamPlan]]:
         gm.graph.erase_node(marker)
     finish(gm)
     return gm, [assignment.plan for assignment in assignments]
+
+
+def prepare(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a traced graph on which detection works: bodies inlined, additions normalized. No code is generated."""
+    gm = copy_graph_module(gm)
+    inline_graph(gm)
+    normalize_graph(gm.graph)
+    return gm
 
 
 def assign(gm: fx.GraphModule) -> list[Assignment]:

@@ -26,6 +26,7 @@ from attnres_fx.passes.vocabulary import (
     PERMUTES,
     addition_of,
     argument,
+    is_mix,
     op_name,
     pass_through_chain,
     passed_through,
@@ -157,7 +158,21 @@ class _Rewriter:
             mixed = _call_like(self.graph, node, args if node.args else (), with_source)
         if value_of(mixed).dtype != value_of(original).dtype:
             mixed = insert_call(self.graph, aten.to.dtype, (mixed, value_of(original).dtype), like=original)
+        self._move_to_reader(mixed, position)
         return mixed
+
+    def _move_to_reader(self, mixed: fx.Node, position: int) -> None:
+        """A mix is recomputed with the layer that reads it: what a checkpointed layer keeps is the partial sum, p_l."""
+        following = self.stream.layers[position].node.meta if position < self.stream.num_layers else {}
+        node = mixed
+        while node is not self.blocks[-1] and node is not self.partial:
+            for tag in ("recompute", "ac_graph_id"):
+                node.meta.pop(tag, None)
+                if tag in following:
+                    node.meta[tag] = following[tag]
+            if is_mix(node):
+                return
+            node = node.all_input_nodes[0]
 
     def _redirect(self, original: fx.Node, mixed: fx.Node, position: int) -> None:
         """Every reader of the position reads the one mix; the next addition alone keeps the sum, until it is erased."""

@@ -1,0 +1,330 @@
+"""The command line: ``attnres inspect``, ``attnres transform``, ``attnres verify``.
+
+Nothing heavy is imported before a command runs, so that the help is there at once. Results go to stdout; whatever else a
+model prints goes to stderr. Exit codes: 0 good, 1 a check failed, 2 a bad input or a refused model, with one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from attnres_fx.passes.plan import StreamPlan
+    from attnres_fx.report import Report
+    from attnres_fx.sources import Source
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Turn a PyTorch transformer into an Attention-Residuals model: inspect it, transform it, verify the result.")
+
+_USAGE_ERROR = typer.BadParameter.__mro__[1]
+
+_SOURCE_HELP = (
+    "A Hugging Face checkpoint directory (config.json and safetensors); or a .pt2 file of torch.export (open only files that "
+    "you trust: reading one may run code); or package.module:factory or path/to/file.py:factory, where factory() returns the "
+    "model, (model, args) or (model, args, kwargs).")
+
+SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
+NumBlocks = Annotated[int | None, typer.Option("--num-blocks", help="At most so many blocks; 8 if nothing is given.")]
+LayersPerBlock = Annotated[int | None, typer.Option("--layers-per-block", help="Layers a block; 1 is Full AttnRes.")]
+Streams = Annotated[str | None, typer.Option("--streams", help="Names of streams, comma-separated; all if not given.")]
+MixScale = Annotated[str, typer.Option("--mix-scale", help="'paper', the mean; or 'sum', to start exactly.")]
+Eps = Annotated[float, typer.Option("--eps", help="Epsilon of the key norm.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+
+
+@app.command()
+def inspect(
+    source: SourceName,
+    num_blocks: NumBlocks = None,
+    layers_per_block: LayersPerBlock = None,
+    streams: Streams = None,
+    mix_scale: MixScale = "paper",
+    graph: Annotated[bool, typer.Option("--graph", help="Print the rewritten graph as Python code.")] = False,
+    dot: Annotated[Path | None, typer.Option("--dot", help="Write a drawing, before and after, as DOT text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show residual streams, blocks and mixes.
+
+    Of a plain SOURCE the blocks and mixes are those that a conversion gives; nothing is written but --dot.
+    """
+    from attnres_fx.report import blocks_table, mixes_table, render
+
+    opened = _open(source)
+    report, plans = _plan(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
+    content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": opened.converted, **report.to_dict(),
+                               "plans": [_plan_json(plan) for plan in plans]}
+    if graph or dot is not None:
+        from attnres_fx.files import whole_file
+        from attnres_fx.graphs import before_and_after, readable_code
+        from attnres_fx.graphs import dot as draw
+
+        pair = before_and_after(_marked(opened, plans))
+        content["code"] = readable_code(pair.after)
+        if dot is not None:
+            with whole_file(dot, overwrite=True) as partial:
+                partial.write_text(draw(pair, source), encoding="utf-8")
+    if as_json:
+        return _print_json(content)
+    print(report if report.streams else render(_found_mixes(report)))
+    if plans:
+        heading = "converted:" if opened.converted else "a conversion would give:"
+        print("\n" + render(f"{heading} {_summary(plans)}", blocks_table(plans), mixes_table(plans)))
+    if graph:
+        print("\n" + content["code"])
+    if dot is not None:
+        print(f"\nwrote {dot}")
+
+
+@app.command()
+def transform(
+    source: SourceName,
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The directory, or .pt2 file, to write.")],
+    num_blocks: NumBlocks = None,
+    layers_per_block: LayersPerBlock = None,
+    streams: Streams = None,
+    mix_scale: MixScale = "paper",
+    eps: Eps = 1e-6,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert SOURCE and write it to OUT.
+
+    OUT is written whole or not at all. Of a Hugging Face directory OUT is the same checkpoint, untouched, with attnres.json and attnres.safetensors beside it.
+    Read OUT back with attnres_fx.load.
+    """
+    from attnres_fx import exported, persistence, pretrained
+    from attnres_fx.conversion import convert, plans_of
+    from attnres_fx.errors import AlreadyConvertedError, OptionError
+    from attnres_fx.files import check_directory
+    from attnres_fx.report import blocks_table, render
+
+    if Path(source).exists() and Path(source).is_dir():
+        here, there = Path(source).resolve(), out.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise OptionError(f"the output '{out}' and the source '{source}' lie within each other",
+                              remedy="give a directory elsewhere")
+    if out.suffix != ".pt2":
+        check_directory(out, overwrite=force)
+    opened = _open(source)
+    if opened.converted:
+        raise AlreadyConvertedError(f"'{source}' is converted already", remedy="transform the plain model")
+    options: dict[str, Any] = {"num_blocks": num_blocks, "layers_per_block": layers_per_block, "mix_scale": mix_scale,
+                               "eps": eps, "streams": _names(streams)}
+    if opened.program is not None:
+        plans = exported.transform(opened.program, out, overwrite=force, **options)
+    else:
+        if out.suffix == ".pt2":
+            raise OptionError(f"'{out}' ends in .pt2, and '{source}' is no program", remedy="name a directory")
+        model = convert(opened.model, opened.args, opened.kwargs, **options)
+        plans = plans_of(model)
+        if opened.kind == "huggingface":
+            pretrained.write_beside(Path(source), out, model, overwrite=force)
+        else:
+            persistence.save(model, out, overwrite=force)
+    if as_json:
+        return _print_json({"source": source, "kind": opened.kind, "output": str(out),
+                            "plans": [_plan_json(plan) for plan in plans]})
+    print(render(_summary(plans), blocks_table(plans)))
+    print(f"\nwrote {out}")
+
+
+@app.command()
+def verify(
+    source: SourceName,
+    num_blocks: NumBlocks = None,
+    layers_per_block: LayersPerBlock = None,
+    streams: Streams = None,
+    mix_scale: MixScale = "paper",
+    eps: Eps = 1e-6,
+    as_json: Json = False,
+) -> None:
+    """Check that SOURCE computes what it should.
+
+    At zero queries that is the plain network, at random ones the definition of the paper. A plain SOURCE is converted in memory first. Exit code 1 if a check fails.
+    """
+    from attnres_fx import exported, verification
+    from attnres_fx.conversion import convert
+
+    opened = _open(source)
+    options: dict[str, Any] = {"num_blocks": num_blocks, "layers_per_block": layers_per_block, "mix_scale": mix_scale,
+                               "eps": eps, "streams": _names(streams)}
+    if opened.converted:
+        _refuse_plan_options(num_blocks, layers_per_block, streams)
+    if opened.program is not None:
+        result = exported.verify_program(opened.program, **({} if opened.converted else options))
+    else:
+        if not opened.converted:
+            convert(opened.model, opened.args, opened.kwargs, **options)
+        result = verification.verify(opened.model, opened.args, opened.kwargs)
+    if as_json:
+        _print_json({"source": source, "kind": opened.kind, "converted": opened.converted,
+                     "zero_query": result.zero_query, "random_query": result.random_query,
+                     "tolerance": result.tolerance, "exact_start": result.exact_start, "passed": result.passed,
+                     "notes": list(result.notes)})
+    else:
+        print(result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _open(source: str) -> Source:
+    """Open the source; what its code prints is not a result."""
+    from attnres_fx.sources import open_source
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return open_source(source)
+
+
+def _names(streams: str | None) -> list[str] | None:
+    return None if streams is None else [name.strip() for name in streams.split(",") if name.strip()]
+
+
+def _refuse_plan_options(*given: Any) -> None:
+    from attnres_fx.errors import OptionError
+
+    if any(value is not None for value in given):
+        raise OptionError("the source is converted already, and its blocks are fixed",
+                          remedy="leave out --num-blocks, --layers-per-block and --streams")
+
+
+def _plan(
+    opened: Source, num_blocks: int | None, layers_per_block: int | None, streams: list[str] | None, mix_scale: str
+) -> tuple[Report, list[StreamPlan]]:
+    """What is found in the source, and the plans: the recorded ones, or those that a conversion would fix."""
+    from attnres_fx.analysis import report_of
+    from attnres_fx.conversion import plan_streams, plans_of
+    from attnres_fx.errors import NoStreamError
+    from attnres_fx.passes.capture import capture
+    from attnres_fx.passes.graph import copy_graph_module
+
+    if opened.program is not None:
+        gm: fx.GraphModule = copy_graph_module(opened.program.module)
+    else:
+        gm, _ = capture(opened.model, opened.args, opened.kwargs)
+    report = report_of(gm, opened.model)
+    if opened.converted:
+        _refuse_plan_options(num_blocks, layers_per_block, streams)
+        return report, list(opened.program.plans) if opened.program is not None else plans_of(opened.model)
+    if not report.streams and not report.mixes:
+        raise NoStreamError("no residual stream was found in the model",
+                            remedy="attention residuals need additions x + f(x) around the layers of a transformer")
+    chosen = streams if streams is not None else [stream.name for stream in report.streams if stream.convertible]
+    if not chosen and streams is None:
+        return report, []
+    return report, plan_streams(gm, opened.model, num_blocks=num_blocks, layers_per_block=layers_per_block,
+                                streams=chosen, mix_scale=mix_scale)
+
+
+def _marked(opened: Source, plans: list[StreamPlan]) -> fx.GraphModule:
+    """The graph of the source with markers, converted in memory if it is not."""
+    from attnres_fx.conversion import attach, parameter_dtype
+    from attnres_fx.errors import NoStreamError, OptionError
+    from attnres_fx.exported import mark_program
+    from attnres_fx.passes.capture import capture
+
+    if not plans:
+        raise NoStreamError("no stream of the source can be converted, so that there is no rewritten graph to show",
+                            remedy="leave out --graph and --dot to see the reasons")
+    if opened.program is not None:
+        if opened.converted:
+            raise OptionError("a converted .pt2 holds the rewritten graph alone, and nothing to compare it with",
+                              remedy="inspect the plain program with --graph")
+        return mark_program(opened.program, plans)
+    if not opened.converted:
+        attach(opened.model, plans, parameter_dtype(opened.model))
+    return capture(opened.model, opened.args, opened.kwargs)[0]
+
+
+def _summary(plans: Sequence[StreamPlan]) -> str:
+    return "; ".join(f"stream '{plan.name}': {plan.num_layers} layers of width {plan.width} in {plan.num_blocks} blocks, "
+                     f"{plan.num_layers} mixes ({plan.mix_scale})" for plan in plans)
+
+
+def _found_mixes(report: Report) -> Any:
+    from rich.table import Table
+
+    table = Table("attention residuals in the model", "source", "sources of the mix")
+    for mix in report.mixes:
+        table.add_row(mix.module, mix.source, str(mix.num_sources))
+    return table
+
+
+def _plan_json(plan: StreamPlan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from attnres_fx.passes.partition import sources_at
+
+    mixes = []
+    for position in range(1, plan.num_layers + 1):
+        found = sources_at(plan.boundaries, position)
+        mixes.append({"position": position, "blocks": found.blocks + 1, "partial": found.partial})
+    return {**asdict(plan), "mixes": mixes}
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+              for key, value in content.items()}
+    print(json.dumps(finite, indent=2))
+
+
+def _fail(message: str) -> int:
+    print("attnres: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, advice or warnings of the libraries below: stderr is for our one line."""
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+                        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"), ("HF_HUB_OFFLINE", "1")):
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    command = typer.main.get_command(app)
+    with _quiet():
+        try:
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            result = command.main(args=given or ["--help"], prog_name="attnres",
+                                  standalone_mode=False)
+            return result if isinstance(result, int) else 0
+        except _USAGE_ERROR as error:
+            return _fail(error.format_message())  # type: ignore[attr-defined]
+        except (KeyboardInterrupt, typer.Abort):
+            return 130
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (the reader has gone; say nothing at exit)
+            return 0
+        except Exception as error:  # a refusal is one line; so is a fault, unless the traceback is asked for
+            from attnres_fx.runtime.errors import AttnResError
+
+            if os.environ.get("ATTNRES_TRACEBACK"):
+                raise
+            if isinstance(error, AttnResError):
+                return _fail(str(error))
+            return _fail(f"{type(error).__name__}: {error} (set ATTNRES_TRACEBACK=1 for the traceback)")
+
+
+def main() -> NoReturn:
+    """The console command."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()
