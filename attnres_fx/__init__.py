@@ -26,7 +26,21 @@ _HOMES = {
     "AttnResError": "attnres_fx.errors",
 }
 
-__all__ = ["__version__", "errors", *_HOMES]
+__all__ = [
+    "AttnResError",
+    "Report",
+    "ResidualStream",
+    "Verification",
+    "__version__",
+    "analyze",
+    "convert",
+    "depth_weights",
+    "errors",
+    "load",
+    "mix",
+    "save",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from attnres_fx import errors

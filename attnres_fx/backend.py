@@ -65,9 +65,9 @@ def _check_fixed(plan: StreamPlan, options: Options) -> None:
     """N and S are the model's meaning: options may repeat them and never change them."""
     given = options.conversion()
     blocks = {key: given[key] for key in ("num_blocks", "layers_per_block") if key in given}
-    wrong = [key for key in ("eps", "mix_scale") if key in given and given[key] != getattr(plan, key)]
+    wrong: list[str] = [key for key in ("eps", "mix_scale") if key in given and given[key] != getattr(plan, key)]
     if blocks and partition(plan.num_layers, **blocks) != plan.boundaries:
-        wrong += list(blocks)
+        wrong.extend(blocks)
     if wrong:
         raise OptionError(
             f"the model was converted with other values of {', '.join(wrong)} (stream '{plan.name}': blocks close at "

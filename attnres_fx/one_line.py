@@ -133,7 +133,7 @@ def _watch_optimizers(model: nn.Module) -> None:
         checked.add(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own = {id(p) for name, p in watched.named_parameters() if not name.startswith("attnres.")}
-        new = {id(p) for p in watched.attnres.parameters() if p.requires_grad}  # type: ignore[union-attr, operator]
+        new = {id(p) for p in watched.attnres.parameters() if p.requires_grad}  # type: ignore[union-attr]
         if held & own and not new <= held:
             raise OneLineError(
                 "this optimizer was built before the model was converted by its first compiled call, and does not hold "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import inner_error, is_graph_break, is_recompile_limit, run_aot_eager
+from attnres_fx.passes._compat import compile_whole, inner_error, is_graph_break, is_recompile_limit, run_aot_eager
 from attnres_fx.passes.capture import graph_break_error
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
@@ -33,7 +33,7 @@ def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callab
     if not markers_of(gm):
         raise SitesChangedError("a graph of a converted model holds no marker",
                                 remedy="this is a fault of attnres_fx; please report it with the model")
-    rewritten, _ = lower_marked(gm)
+    rewritten = lower_marked(gm)[0]
     # Run eagerly, the tags of a checkpointed layer mean nothing: only AOTAutograd's partitioner recomputes by them.
     if torch.is_grad_enabled() and holds_checkpoint(rewritten):
         return run_aot_eager(rewritten, inputs)
@@ -50,7 +50,7 @@ def enter_streams(module: nn.Module, prefix: str = "") -> None:
 def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
     cached = module.__dict__.get(_RUNNER)
     if cached is not None:
-        return cached  # type: ignore[no-any-return]
+        return cached
     original = base.forward
 
     def marked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
 
     # The recompile limit is per code object: each model gets its own.
     own = types.FunctionType(marked.__code__.replace(), marked.__globals__, "forward", None, marked.__closure__)
-    compiled = torch.compile(own, backend=run_rewritten, fullgraph=True, isolate_recompiles=True)
+    compiled = compile_whole(own, run_rewritten, dynamic=None)
     module.__dict__[_RUNNER] = compiled
     return compiled
 
@@ -80,8 +80,8 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         raise
 
 
-@functools.lru_cache(maxsize=None)
-def converted_class(base: type[nn.Module], owns: bool, root: bool) -> type[nn.Module]:
+@functools.cache
+def converted_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
     """A subclass of ``base`` for an owner of streams (``owns``), for the root of a converted model, or for both."""
     namespace: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__,
                                  "__doc__": base.__doc__, "_attnres_base": base}
@@ -116,7 +116,7 @@ def converted_class(base: type[nn.Module], owns: bool, root: bool) -> type[nn.Mo
                     remedy="call save_pretrained on the whole model")
             return save_converted(self, base, save_directory, *args, **kwargs)
 
-        namespace["save_pretrained"] = functools.wraps(base.save_pretrained)(save_pretrained)  # type: ignore[attr-defined]
+        namespace["save_pretrained"] = functools.wraps(base.save_pretrained)(save_pretrained)
 
     return type(base.__name__, (base,), namespace)
 
@@ -134,4 +134,4 @@ def is_converted_class(cls: type) -> bool:
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The user's class behind a generated one; any other class itself."""
-    return cls.__dict__.get("_attnres_base", cls)  # type: ignore[no-any-return]
+    return cls.__dict__.get("_attnres_base", cls)

@@ -32,9 +32,9 @@ _EPS_EFFECT = 1e-2
 class Verification(float):
     """The relative deviation from the plain network at zero queries, with what else was checked.
 
-    ``zero_query`` is the number itself; ``random_query`` the relative deviation from the definition (Eq. 5-6 re-summed from
-    the recorded layer outputs) with random queries and gains, which a wrong block boundary, swapped rows or a lost gain would
-    raise. ``tolerance`` is the largest deviation that rounding explains; ``exact_start`` whether zero queries should
+    ``zero_query`` is the number itself; ``random_query`` the relative deviation from the definition (Eq. 5-6 re-summed
+    from the recorded layer outputs) with random queries and gains, which a wrong block boundary, swapped rows or a lost
+    gain would raise. ``tolerance`` is the largest deviation that rounding explains; ``exact_start`` whether zero queries should
     reproduce the plain network; ``passed`` the verdict.
     """
 
@@ -46,7 +46,9 @@ class Verification(float):
     notes: tuple[str, ...]
 
     @staticmethod
-    def of(zero: float, random: float, tolerance: float, paper: bool, preserving: bool, notes: Sequence[str]) -> Verification:
+    def of(
+        zero: float, random: float, tolerance: float, paper: bool, preserving: bool, notes: Sequence[str]
+    ) -> Verification:
         """Weigh the two deviations."""
         result = Verification(zero)
         result.zero_query, result.random_query, result.tolerance = zero, random, tolerance

@@ -25,7 +25,7 @@ def carry_dynamo_metadata(old: fx.GraphModule, new: fx.GraphModule, mapping: dic
     """Copy what ``Graph.graph_copy`` loses: the sources of placeholders and Dynamo's attributes of the module."""
     for before, after in mapping.items():
         if before.op == "placeholder" and hasattr(before, "_dynamo_source"):
-            after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
+            after._dynamo_source = before._dynamo_source
     for name in _MODULE_ATTRIBUTES:
         if hasattr(old, name):
             value = getattr(old, name)
@@ -37,9 +37,10 @@ def fake_mode_of(values: Iterable[Any]) -> Any:
     from torch._subclasses.fake_tensor import FakeTensor
 
     for value in values:
-        for leaf in torch.utils._pytree.tree_leaves(value):
-            if isinstance(leaf, FakeTensor):
-                return leaf.fake_mode
+        while isinstance(value, (tuple, list)) and value:
+            value = value[0]  # the values of one node share a mode; looking at all would be quadratic in large tuples
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
     return None
 
 
@@ -61,6 +62,14 @@ def run_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     return aot_module_simplified(
         gm, list(inputs), fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
     )
+
+
+def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    """``torch.compile`` of one whole graph, with a recompile limit that is not shared with other functions."""
+    compile_: Any = torch.compile  # its published signature does not list isolate_recompiles
+    compiled: Callable[..., Any] = compile_(
+        function, backend=backend, fullgraph=True, dynamic=dynamic, isolate_recompiles=True)
+    return compiled
 
 
 def inner_error(error: BaseException) -> BaseException:

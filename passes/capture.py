@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import inner_error, is_graph_break, quiet_dynamo
+from attnres_fx.passes._compat import compile_whole, inner_error, is_graph_break, quiet_dynamo
 from attnres_fx.passes.graph import copy_graph_module
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place
 
@@ -39,7 +38,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     try:
         with quiet_dynamo():
-            torch.compile(call, backend=_stop, fullgraph=True, dynamic=False, isolate_recompiles=True)(*args, **kwargs)
+            compile_whole(call, _stop, dynamic=False)(*args, **kwargs)
     except Exception as error:
         inner = inner_error(error)
         if isinstance(inner, _Captured):

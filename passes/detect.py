@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from attnres_fx.passes.features import feature_dim
 from attnres_fx.passes.graph import float_tensor, same_size
 from attnres_fx.passes.invariance import describe_norms
 from attnres_fx.passes.streams import Layer, Obstacle, Stream
@@ -357,8 +358,13 @@ def _stream(name: str, chain: list[_Link], search: _Search) -> Stream:
     for position, value in enumerate(values):
         following = layers[position] if position < len(layers) else None
         readers.append(_readers(value, following))
-        obstacles += _mutations(value, following)
+        obstacles += _mutations(value)
+    # A block sum may be the very tensor of its first term: a later change in place would reach every mix.
+    for layer in layers:
+        for term in layer.terms:
+            obstacles += [found for found in _mutations(term) if search.order[found.node] > search.order[layer.node]]
     stream = Stream(name, layers, values, readers, obstacles)
+    stream.feature_dim = feature_dim(stream)
     stream.obstacles += _mixes(stream)
     return stream
 
@@ -369,8 +375,8 @@ def _readers(value: fx.Node, following: Layer | None) -> list[fx.Node]:
     return [user for user in value.users if user not in own]
 
 
-def _mutations(value: fx.Node, following: Layer | None) -> list[Obstacle]:
-    """In-place changes of a stream value, or of a view of it."""
+def _mutations(value: fx.Node) -> list[Obstacle]:
+    """In-place changes of a value, or of a view of it."""
     found = []
     pending, seen = [value], {value}
     while pending:

@@ -96,17 +96,15 @@ def insert_call(
     like: fx.Node,
     kwargs: dict[str, Any] | None = None,
     record: dict[str, Any] | None = None,
+    value: Any = None,
 ) -> fx.Node:
-    """Add ``target(*args)`` at the graph's insert point with a fresh traced value and the provenance of ``like``.
+    """Add ``target(*args)`` at the graph's insert point with a traced value and the provenance of ``like``.
 
-    This is the one place where passes make nodes, so that none is ever left without a value or a module stack.
+    ``value`` is the traced value where the caller knows it; otherwise it is computed on the arguments' fake values. This is the one place where passes make nodes, so that none is ever left without a value or a module stack.
     """
     kwargs = kwargs or {}
     node = graph.call_function(target, args, kwargs)
-    mode = fake_mode_of(value_of(n) for n in node.all_input_nodes)
-    call_args, call_kwargs = fx.map_arg((args, kwargs), value_of)
-    with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
-        made = target(*call_args, **call_kwargs)
+    made = _traced_value(node) if value is None else value
     node.meta["val" if "val" in like.meta and "example_value" not in like.meta else "example_value"] = made
     for name in _STRUCTURE:
         if name in like.meta:
@@ -114,6 +112,13 @@ def insert_call(
     if record is not None:
         node.meta["attnres"] = record
     return node
+
+
+def _traced_value(node: fx.Node) -> Any:
+    mode = fake_mode_of(value_of(n) for n in node.all_input_nodes)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def replace_uses(old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:

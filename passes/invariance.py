@@ -25,7 +25,6 @@ from attnres_fx.passes.vocabulary import (
     RESHAPES,
     addition_of,
     argument,
-    base_of,
     is_contraction,
     op_name,
 )
@@ -100,7 +99,7 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, Fraction]) -> Fraction:
         return degrees.get(part, Fraction(0)) if isinstance(part, fx.Node) else Fraction(0)
 
     inputs = [degrees[i] for i in node.all_input_nodes if degrees.get(i, 0) != 0]
-    if not inputs or float_tensor(node) is None and name not in {"chunk", "split", "unbind", "max", "getattr", "size"}:
+    if not inputs or (float_tensor(node) is None and name not in {"chunk", "split", "unbind", "max", "getattr", "size"}):
         return Fraction(0)
     first, second = argument(node, 0, "input", node.kwargs.get("self")), argument(node, 1, "other")
     if name in NORMS:

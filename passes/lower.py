@@ -9,12 +9,11 @@ from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import copy_graph_module, finish, place_of
 from attnres_fx.passes.inline import inline_graph
 from attnres_fx.passes.normalize import normalize_graph
-from attnres_fx.passes.plan import StreamPlan, has_sites, tracer_path
+from attnres_fx.passes.plan import StreamPlan, find_sites, owner_path, tracer_path
 from attnres_fx.passes.rewrite import Assignment, rewrite_graph
 from attnres_fx.passes.streams import Stream
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, SitesChangedError, SplitStreamError
 from attnres_fx.runtime.marker import ENTER
-
 
 # Before the plan in a marker that a restarted frame calls from within (see attnres_fx.one_line): it counts only where the
 # stream has no marker of its own, which it has as soon as the generated forward is traced.
@@ -36,7 +35,6 @@ def lower_marked(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StreamPlan]]:
     assignments = assign(gm)
     rewrite_graph(gm.graph, assignments)
     for marker in markers_of(gm):
-        marker.replace_all_uses_with(marker.args[0])  # nobody reads it; a stray reader must not keep it alive
         gm.graph.erase_node(marker)
     finish(gm)
     return gm, [assignment.plan for assignment in assignments]
@@ -64,7 +62,10 @@ def assign(gm: fx.GraphModule) -> list[Assignment]:
         if content != text and (query, content) in marked:
             continue
         plan = StreamPlan.from_json(content)
-        found = next((s for s in free if order[s.layers[0].node] > order[marker] and has_sites(s, plan.sites)), None)
+        places = [(s, find_sites(s, plan.sites)) for s in free if order[s.layers[0].node] > order[marker]]
+        # The marker of a restarted frame is called by a submodule; any other by the owner of the stream.
+        found = next((s for s, place in places if place is not None
+                      and (content != text or place == owner_path(marker))), None)
         if found is None:
             raise _explain_mismatch(gm, marker, plan, streams)
         found.name = plan.name

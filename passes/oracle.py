@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.streams import Layer, Stream
-from attnres_fx.passes.vocabulary import base_of, pass_through_chain
+from attnres_fx.passes.vocabulary import CASTS, COPIES, DROPOUTS, base_of, op_name, pass_through_chain
 
 
 class OracleInterpreter(fx.Interpreter):
@@ -28,6 +28,7 @@ class OracleInterpreter(fx.Interpreter):
         self._layers: dict[fx.Node, tuple[int, int]] = {}
         self._parameters = list(parameters)
         self._outputs: list[list[Tensor]] = [[] for _ in parameters]
+        self._order: dict[int, Tensor] = {}
         for index, (stream, *_) in enumerate(parameters):
             for position, layer in enumerate(stream.layers, start=1):
                 self._layers[layer.node] = (index, position)
@@ -43,29 +44,35 @@ class OracleInterpreter(fx.Interpreter):
         outputs, layer = self._outputs[index], stream.layers[position - 1]
         if position == 1:
             outputs.append(self.env[layer.skip])
+            self._order[index] = torch.arange(plain.numel(), dtype=torch.float64, device=plain.device).view(plain.shape)
         else:
-            self._follow_layout(outputs, stream, position, layer)
+            self._order[index] = self._follow_layout(self._order[index], layer)
         output = torch.zeros_like(plain)
         for term in layer.terms:
             output = output + self.env[term]
-        outputs.append(output.to(plain.dtype))
-        mixed = mix_by_definition(outputs, plan.boundaries, query[position],
+        # Layers are summed and mixed in the layout of the first addition, rows along the feature dimension.
+        order = self._order[index].long().flatten()
+        first = torch.empty_like(outputs[0], dtype=plain.dtype).contiguous()
+        first.view(-1)[order] = output.to(plain.dtype).flatten()
+        outputs.append(first)
+        rows = [value.movedim(stream.feature_dim, -1) for value in outputs]
+        mixed = mix_by_definition(rows, plan.boundaries, query[position],
                                   None if key_gain is None else key_gain[position], plan.eps)
         if plan.mix_scale == "sum":
             mixed = mixed * len(sources_by_definition(outputs, plan.boundaries))
-        return mixed.to(plain.dtype)
+        here = mixed.movedim(-1, stream.feature_dim).flatten()[order].view(plain.shape)
+        return here.to(plain.dtype)
 
-    def _follow_layout(self, outputs: list[Tensor], stream: Stream, position: int, layer: Layer) -> None:
-        """Take the recorded outputs through the pass-throughs that the stream itself goes through."""
+    def _follow_layout(self, order: Tensor, layer: Layer) -> Tensor:
+        """Take the numbering of the elements through the pass-throughs that the stream itself goes through."""
         base = base_of(layer.skip)
         for node in pass_through_chain(layer.skip, base):
-            kept = self.env[node]
-            before = node.all_input_nodes[0]
-            saved = self.env[before]
-            for i, value in enumerate(outputs):
-                self.env[before] = value
-                outputs[i] = super().run_node(node)
-            self.env[before], self.env[node] = saved, kept
+            if op_name(node) not in CASTS | COPIES | DROPOUTS:
+                before, kept = node.all_input_nodes[0], self.env[node.all_input_nodes[0]]
+                self.env[before] = order
+                order = super().run_node(node)
+                self.env[before] = kept
+        return order
 
 
 def sources_by_definition(outputs: Sequence[Tensor], boundaries: Sequence[int]) -> list[Tensor]:

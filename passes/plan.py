@@ -99,15 +99,21 @@ def relative_sites(stream: Stream, owner: str) -> tuple[tuple[str, int], ...]:
     return sites_of([path.lstrip(".") for path in paths])
 
 
-def has_sites(stream: Stream, sites: Sequence[tuple[str, int]]) -> bool:
-    """Whether the layers of ``stream`` are these sites below one common module, wherever that stands in the graph."""
+def owner_path(marker: fx.Node) -> str:
+    """The path of the module whose forward called ``marker``, as the tracer spells it; empty for the tracing frame."""
+    path = tracer_path(marker)
+    return "" if _FRAME_VARIABLE.match(path) else path
+
+
+def find_sites(stream: Stream, sites: Sequence[tuple[str, int]]) -> str | None:
+    """The path of the module below which the layers of ``stream`` are exactly these sites; None if there is none."""
     if stream.num_layers != len(sites):
-        return False
+        return None
     prefixes = set()
     for layer, (relative, _) in zip(stream.layers, sites):
         path = tracer_path(layer.node)
         if relative and path != relative and not path.endswith("." + relative):
-            return False
+            return None
         prefix = path[: len(path) - len(relative)].rstrip(".")
         prefixes.add("" if _FRAME_VARIABLE.match(prefix) else prefix)
-    return len(prefixes) == 1
+    return prefixes.pop() if len(prefixes) == 1 else None

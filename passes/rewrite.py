@@ -25,11 +25,11 @@ from attnres_fx.passes.vocabulary import (
     DROPOUTS,
     PERMUTES,
     addition_of,
-    argument,
     is_mix,
     op_name,
     pass_through_chain,
     passed_through,
+    permutation_of,
 )
 from attnres_fx.runtime.errors import LoweringError
 from attnres_fx.runtime.mix import MIX
@@ -95,7 +95,8 @@ class _Rewriter:
             return insert_call(self.graph, aten.unbind.int, (stacked, 0), like=first)
 
     def _row(self, rows: fx.Node, position: int) -> fx.Node:
-        return insert_call(self.graph, operator.getitem, (rows, position), like=self.stream.layers[position - 1].node)
+        like = self.stream.layers[position - 1].node
+        return insert_call(self.graph, operator.getitem, (rows, position), like=like, value=value_of(rows)[position])
 
     def _term(self, layer: Layer) -> fx.Node:
         """The output of the layer: the original sum without its skip, in the dtype and shape of the original result."""
@@ -104,7 +105,8 @@ class _Rewriter:
         if term is None:
             raise LoweringError(f"the addition '{layer.node.name}' has no term but the stream itself")
         if not same_size(value_of(term).shape, whole.shape):
-            term = insert_call(self.graph, aten.expand_as.default, (term, self.layout[-1] if self.layout else self.embedding), like=layer.node)
+            shaped = self.layout[-1] if self.layout else self.embedding
+            term = insert_call(self.graph, aten.expand_as.default, (term, shaped), like=layer.node)
         return term
 
     def _without_skip(self, node: fx.Node, layer: Layer) -> fx.Node | None:
@@ -134,7 +136,7 @@ class _Rewriter:
             self.partial = term
         else:
             self.partial = insert_call(self.graph, aten.add.Tensor, (self.partial, term), like=layer.node,
-                                       record={"stream": self.plan.name, "role": "partial", "position": position})
+                                       value=self._known(layer.node, [self.partial, term]), record={"stream": self.plan.name, "role": "partial", "position": position})
         if position in self.plan.boundaries:
             self.blocks.append(self.partial)
             self.partial = None
@@ -149,17 +151,28 @@ class _Rewriter:
         query = self._row(self.queries, position)
         key_gain = self._row(self.key_gains, position) if self.key_gains is not None else None
         record = {"stream": self.plan.name, "role": "mix", "position": position, "sources": len(sources)}
+        last = self.stream.feature_dim
+        if last != -1:
+            sources = [insert_call(self.graph, aten.movedim.int, (source, last, -1), like=original) for source in sources]
         mixed = insert_call(
             self.graph, MIX, (sources, query, key_gain, self.plan.eps, 1.0, False, self.plan.output_factor(position)),
-            like=original, record=record)
+            like=original, record=record, value=self._known(original, sources))
+        if last != -1:
+            mixed = insert_call(self.graph, aten.movedim.int, (mixed, -1, last), like=original)
         for node in self.layout:
             args = (mixed, *node.args[1:])
-            with_source = {key: mixed if key in ("input", "self") else value for key, value in node.kwargs.items()}
+            with_source: dict[str, object] = {key: mixed if key in ("input", "self") else value for key, value in node.kwargs.items()}
             mixed = _call_like(self.graph, node, args if node.args else (), with_source)
         if value_of(mixed).dtype != value_of(original).dtype:
             mixed = insert_call(self.graph, aten.to.dtype, (mixed, value_of(original).dtype), like=original)
         self._move_to_reader(mixed, position)
         return mixed
+
+    def _known(self, original: fx.Node, parts: list[fx.Node]) -> torch.Tensor | None:
+        """The value of the original sum, where a sum or mix of ``parts`` is traced to the very same one."""
+        value: torch.Tensor = value_of(original)
+        alike = all(value_of(part).dtype == value.dtype and same_size(value_of(part).shape, value.shape) for part in parts)
+        return value if alike and self.stream.feature_dim == -1 and value.is_contiguous() else None
 
     def _move_to_reader(self, mixed: fx.Node, position: int) -> None:
         """A mix is recomputed with the layer that reads it: what a checkpointed layer keeps is the partial sum, p_l."""
@@ -192,7 +205,8 @@ class _Rewriter:
             if before is None:
                 raise LoweringError(f"'{node.name}' is no pass-through")
             if name in PERMUTES:
-                order = _inverse_permutation(node)
+                forward = permutation_of(node)
+                order = [forward.index(dim) for dim in range(len(forward))]
                 term = insert_call(self.graph, aten.permute.default, (term, order), like=layer.node)
             else:
                 term = insert_call(self.graph, aten.reshape_as.default, (term, before), like=layer.node)
@@ -214,25 +228,3 @@ def _is_layout_free(node: fx.Node) -> bool:
         return True
     inner = passed_through(node)
     return name not in PERMUTES and inner is not None and same_size(value_of(inner).shape, value_of(node).shape)
-
-
-def _inverse_permutation(node: fx.Node) -> list[int]:
-    """The dimensions that undo ``node``, a transpose, permute or movedim."""
-    inner = passed_through(node)
-    rank = value_of(inner).dim()
-    name = op_name(node)
-    forward = list(range(rank))
-    if name == "permute":
-        given = argument(node, 1, "dims")
-        dims = list(given) if isinstance(given, (list, tuple)) else list(node.args[1:])
-        forward = [int(dim) % rank for dim in dims]
-    elif name in {"t", "mT"}:
-        forward[-1], forward[-2] = forward[-2], forward[-1]
-    elif name in {"movedim", "moveaxis"}:
-        probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
-        moved = torch.movedim(probe, argument(node, 1, "source"), argument(node, 2, "destination"))
-        forward = [size - 2 for size in moved.shape]
-    else:
-        first, second = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
-        forward[first], forward[second] = forward[second], forward[first]
-    return [forward.index(dim) for dim in range(rank)]

@@ -98,7 +98,8 @@ class Stream:
     """One residual stream of a graph.
 
     Position p is the value after p layers: ``values[0]`` is the embedding (b_0), ``values[p]`` the p-th addition.
-    ``readers[p]`` are the nodes that read position p, the next addition of the stream excepted.
+    ``readers[p]`` are the nodes that read position p, the next addition of the stream excepted. ``feature_dim`` is the
+    dimension of width d, counted from the end, in the layout of the first addition.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Stream:
     obstacles: list[Obstacle] = field(default_factory=list)
     norm_placement: str = "none"
     raw_readers: list[tuple[int, fx.Node]] = field(default_factory=list)
+    feature_dim: int = -1
 
     @property
     def num_layers(self) -> int:
@@ -116,9 +118,9 @@ class Stream:
 
     @property
     def width(self) -> int:
-        """d of the paper: the size of the last dimension of the stream."""
-        value = float_tensor(self.values[-1])
-        return int(value.shape[-1]) if value is not None else 0
+        """d of the paper: the size of the feature dimension of the first addition."""
+        value = float_tensor(self.layers[0].node)
+        return int(value.shape[self.feature_dim]) if value is not None else 0
 
     @property
     def function_preserving(self) -> bool:

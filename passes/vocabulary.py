@@ -184,3 +184,26 @@ def is_mix(node: fx.Node) -> bool:
     """Whether ``node`` is an ``attnres::mix``."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "attnres" and op_name(node) == "mix"
+
+
+def permutation_of(node: fx.Node) -> list[int]:
+    """For each dimension of ``node``, a transpose, permute or movedim, the dimension of its input that it was."""
+    source = passed_through(node)
+    rank = value_of(source).dim()
+    name = op_name(node)
+    forward = list(range(rank))
+    if name == "permute":
+        given = argument(node, 1, "dims")
+        dims = given if isinstance(given, (list, tuple)) else node.args[1:]
+        return [dim % rank for dim in dims if isinstance(dim, int)]
+    if name in {"movedim", "moveaxis"}:
+        probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
+        moved = torch.movedim(probe, argument(node, 1, "source"), argument(node, 2, "destination"))
+        return [size - 2 for size in moved.shape]
+    if name in {"t", "mT", "T"}:
+        forward[-1], forward[-2] = forward[-2], forward[-1]
+        return forward
+    first = argument(node, 1, "dim0", node.kwargs.get("axis0")) % rank
+    second = argument(node, 2, "dim1", node.kwargs.get("axis1")) % rank
+    forward[first], forward[second] = forward[second], forward[first]
+    return forward

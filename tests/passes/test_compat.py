@@ -1,0 +1,186 @@
+"""One test for each private interface of torch that ``passes/_compat.py`` touches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from attnres_fx.passes import _compat
+from attnres_fx.passes.graph import copy_graph_module, stack_paths, value_of
+from attnres_fx.runtime.errors import PlainPathError
+from attnres_fx.runtime.marker import ENTER
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def traced(module: nn.Module, *args: Any, backend: Any = None, **settings: Any) -> tuple[list[fx.GraphModule], Tensor]:
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward if backend is None else backend(gm, inputs)
+
+    torch._dynamo.reset()
+    return graphs, torch.compile(module, backend=keep, **settings)(*args)
+
+
+def test_dead_code_elimination_keeps_the_marker() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(ENTER, (x, None, "{}"))
+    graph.output(x)
+    graph.eliminate_dead_code()
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [ENTER]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_other_backends_keep_the_marker_and_its_kernel_raises(backend: str, grad: bool) -> None:
+    class Marked(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            ENTER(self.inner.weight, None, "{}")
+            return super().forward(x)
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad), pytest.raises(PlainPathError):
+        torch.compile(Marked(), backend=backend)(torch.ones(2, 4))
+
+
+def test_a_copied_graph_keeps_what_dynamo_needs() -> None:
+    graphs, _ = traced(Small(), torch.ones(2, 4))
+    copied = copy_graph_module(graphs[0])
+    for before, after in zip(graphs[0].graph.nodes, copied.graph.nodes, strict=True):
+        assert getattr(before, "_dynamo_source", None) is getattr(after, "_dynamo_source", None)
+        assert before.meta.keys() == after.meta.keys()
+    assert copied.meta == graphs[0].meta
+    assert copied._param_name_to_source == graphs[0]._param_name_to_source
+
+
+@pytest.mark.parametrize("downstream", ["inductor", "aot_eager"])
+def test_downstream_compilers_run_a_copied_graph_with_gradients(downstream: str) -> None:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        gm = copy_graph_module(gm)
+        return _compat.run_inductor(gm, inputs, {}) if downstream == "inductor" else _compat.run_aot_eager(gm, inputs)
+
+    module, x = Small(), torch.randn(2, 4)
+    _, result = traced(module, x, backend=backend)
+    torch.testing.assert_close(result, module(x))
+    result.sum().backward()
+    assert module.inner.weight.grad is not None
+
+
+def test_inductor_takes_patches() -> None:
+    module, x = Small(), torch.randn(2, 4)
+    with pytest.raises(Exception, match="no_such_setting"):
+        traced(module, x, backend=lambda gm, inputs: _compat.run_inductor(gm, inputs, {"no_such_setting": 1}))
+
+
+def test_module_stack_keys_are_identities_of_live_modules() -> None:
+    module = Small()
+    graphs, _ = traced(module, torch.ones(2, 4))
+    linear = next(node for node in graphs[0].graph.nodes if "linear" in str(node.target))
+    assert stack_paths(linear)[-1][0] == str(id(module.inner))
+    assert stack_paths(linear)[-1][1].endswith(".inner")
+
+
+def test_fake_mode_is_found() -> None:
+    graphs, _ = traced(Small(), torch.ones(2, 4))
+    values = [value_of(node) for node in graphs[0].graph.nodes]
+    assert _compat.fake_mode_of(values) is not None
+    assert _compat.fake_mode_of([torch.ones(1)]) is None
+
+
+def test_inner_error_is_taken_out_of_the_wrapper() -> None:
+    def refuse(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        raise PlainPathError("ours")
+
+    with pytest.raises(Exception) as caught, _compat.quiet_dynamo():
+        traced(Small(), torch.ones(2, 4), backend=refuse)
+    assert isinstance(_compat.inner_error(caught.value), PlainPathError)
+
+
+def test_graph_breaks_are_told_from_other_errors() -> None:
+    class Breaks(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    with pytest.raises(Exception) as caught:
+        traced(Breaks(), torch.ones(2, 4), fullgraph=True)
+    assert _compat.is_graph_break(caught.value)
+    assert not _compat.is_graph_break(ValueError())
+
+
+def test_the_reason_of_a_graph_break_is_on_the_graph() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            torch._dynamo.graph_break()
+            return x * 2
+
+    graphs, _ = traced(Breaks(), torch.ones(2, 4))
+    found = _compat.graph_break_reason(graphs[0])
+    assert found is not None
+    assert found[1].split(":")[0].endswith("test_compat.py")
+    assert _compat.graph_break_reason(graphs[-1]) is None
+
+
+def test_recompile_limit_is_recognised() -> None:
+    torch._dynamo.reset()
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    compiled = torch.compile(double, backend="eager", fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception) as caught:
+        for size in range(2, 6):
+            compiled(torch.ones(size))
+    assert _compat.is_recompile_limit(caught.value)
+
+
+def test_the_compiling_frame_names_its_modules() -> None:
+    module = Small()
+    seen: list[Any] = []
+
+    def look(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(_compat.compiling_frame())
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(module, backend=look)(torch.ones(2, 4))
+    torch.compile(lambda x: module(x), backend=look)(torch.ones(2, 4))
+    assert seen[0].this is module
+    assert not seen[0].resumed
+    assert module in seen[1].modules
+    assert seen[1].this is None
+    assert _compat.compiling_frame() is None
+
+
+def test_tracing_can_be_restarted_by_a_backend() -> None:
+    module, x = Small(), torch.randn(2, 4)
+    calls: list[int] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        calls.append(len(gm.graph.nodes))
+        if len(calls) == 1:
+            module.extra = nn.Parameter(torch.ones(4))
+            module.inner.register_forward_hook(lambda m, args, output: output * module.extra * 2)
+            _compat.restart_tracing("changed")
+        return gm.forward
+
+    torch._dynamo.reset()
+    result = torch.compile(module, backend=backend)(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(result, module(x))
+
+
