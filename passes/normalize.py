@@ -141,6 +141,7 @@ def _sum_of_stack(node: fx.Node) -> bool:
         for part in parts[1:-1]:
             total = insert_call(node.graph, ADD, (total, part), like=node)
     _replace_by_sum(node, total, parts[-1])
+    stacked.graph.erase_node(stacked)  # nobody else reads it, and as a reader of its parts it would mislead
     return True
 
 

@@ -1,0 +1,232 @@
+"""Random residual networks with a known answer, for property tests.
+
+A :class:`Spec` is plain data that hypothesis draws; :class:`Network` builds it. Every layer knows its branch as a function of
+its input, so that the network can be run as an Attention-Residuals network by ``reference.attention_residuals`` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# How an addition is spelled. Each takes the stream and the branch's output.
+SPELLINGS = ("x + f", "f + x", "torch.add", "alpha", "iadd", "add_", "addcmul", "stack", "sub", "f += x")
+# What a branch does. "plain" reads the stream raw; "mixer" has no contraction.
+BRANCHES = ("pre", "plain", "rms", "hand_rms", "sandwich", "parallel_left", "parallel_right", "parallel_inner", "dropout",
+            "layer_scale", "rezero", "constant", "mixer", "nested", "broadcast", "half", "shared", "flat", "permuted",
+            "attention", "fan_out")
+# What may stand on the stream and forbid a rewrite, with the error class that names it.
+OBSTACLES = {"scale": "ScaledStreamError", "norm": "PostNormError", "gate": "GatedStreamError",
+             "tanh": "StreamOperationError", "mutation": "MutatedStreamError"}
+NO_CONTRACTION = {"mixer"}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    branch: str
+    spelling: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network: its layers, what may stand between them, and who else reads the stream."""
+
+    layers: tuple[LayerSpec, ...]
+    obstacle: str | None = None
+    obstacle_at: int = 0
+    position_table: bool = False
+    read_hidden: bool = False
+    final_norm: bool = True
+    grouped: bool = False
+    seed: int = 0
+
+    @property
+    def obstructed(self) -> bool:
+        return self.obstacle is not None
+
+
+class HandRMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Layer(nn.Module):
+    """One residual addition."""
+
+    def __init__(self, spec: LayerSpec, width: int, shared: nn.Module) -> None:
+        super().__init__()
+        self.spec, self.width = spec, width
+        self.norm: nn.Module = HandRMSNorm(width) if spec.branch == "hand_rms" else (
+            nn.RMSNorm(width) if spec.branch == "rms" else nn.LayerNorm(width))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.other, self.out_norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.scale, self.alpha = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.rand(()) + 0.5)
+        self.shared = shared if spec.branch == "shared" else None
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """The outputs that are added to the stream, as functions of the layer's input."""
+        kind = self.spec.branch
+        h = x if kind == "plain" else self.norm(x)
+        if kind.startswith("parallel") or kind == "fan_out":
+            return [self.down(torch.tanh(self.up(h))), self.other(h)]
+        if kind == "mixer":
+            return [torch.sin(h) * self.scale]
+        if kind == "shared":
+            assert self.shared is not None
+            return [self.shared(h)]
+        if kind == "nested":
+            h = self.inner[0](h)
+            h = h + self.inner[1](F.layer_norm(h, (self.width,)))
+            return [self.down(torch.tanh(self.up(h)))]
+        if kind == "attention":
+            q, k = self.other(h), self.inner[0](h)
+            scores = (q @ k.transpose(-1, -2)) * self.width**-0.5
+            return [scores.softmax(-1) @ self.inner[1](h)]
+        f = self.down(F.gelu(self.up(h), approximate="tanh"))
+        if kind == "sandwich":
+            f = self.out_norm(f)
+        elif kind == "dropout":
+            f = F.dropout(f, 0.1, training=False)
+        elif kind == "layer_scale":
+            f = f * self.scale
+        elif kind == "rezero":
+            f = self.alpha * f
+        elif kind == "constant":
+            f = 0.5 * f
+        elif kind == "broadcast":
+            f = f.mean(1, keepdim=True)
+        elif kind == "half":
+            f = f.float()
+        return [f]
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.spec.branch
+        if kind == "flat":
+            flat = x.reshape(-1, self.width)
+            return self.add(flat, self.parts(flat)).view(x.shape)
+        if kind == "permuted":
+            turned = x.transpose(0, 1)
+            return self.add(turned, self.parts(turned)).transpose(0, 1)
+        return self.add(x, self.parts(x))
+
+    def add(self, x: Tensor, parts: list[Tensor]) -> Tensor:
+        kind = self.spec.branch
+        if kind == "parallel_left" or kind == "fan_out":
+            return x + parts[0] + parts[1]
+        if kind == "parallel_right":
+            return parts[0] + (x + parts[1])
+        if kind == "parallel_inner":
+            return (parts[0] + parts[1]) + x
+        (f,) = parts
+        same = f.shape == x.shape and f.dtype == x.dtype
+        spelling = self.spec.spelling if same else "x + f"
+        match spelling:
+            case "f + x":
+                return f + x
+            case "torch.add":
+                return torch.add(x, f)
+            case "alpha":
+                return torch.add(x, f / 2, alpha=2)
+            case "iadd":
+                y = x.clone()
+                y += f
+                return y
+            case "add_":
+                return x.clone().add_(f)
+            case "f += x":
+                f += x
+                return f
+            case "addcmul":
+                return torch.addcmul(x, f, torch.ones_like(f))
+            case "stack":
+                return torch.stack([x, f]).sum(0)
+            case "sub":
+                return x - (-f)
+            case _:
+                return x + f
+
+
+class Group(nn.Module):
+    """Some layers within a module of their own."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Network(nn.Module):
+    """A stack of layers between an embedding and a head."""
+
+    def __init__(self, spec: Spec, width: int = 8, vocabulary: int = 17) -> None:
+        super().__init__()
+        torch.manual_seed(spec.seed)
+        self.spec, self.width = spec, width
+        self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(torch.randn(5, width))
+        shared = nn.Linear(width, width)
+        layers = [Layer(layer, width, shared) for layer in spec.layers]
+        half = len(layers) // 2 if spec.grouped and not spec.read_hidden and not spec.obstructed else 0
+        self.groups = nn.ModuleList([Group(layers[:half])] if half else [])
+        self.layers = nn.ModuleList(layers[half:])
+        self.all_layers = layers
+        self.stream_norm, self.gate = nn.LayerNorm(width), nn.Linear(width, width)
+        self.final, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return x + self.positions[: ids.shape[1]] if self.spec.position_table else x
+
+    def on_stream(self, x: Tensor) -> Tensor:
+        match self.spec.obstacle:
+            case "scale":
+                return 0.9 * x
+            case "norm":
+                return self.stream_norm(x)
+            case "gate":
+                return torch.sigmoid(self.gate(x)) * x
+            case "tanh":
+                return torch.tanh(x)
+            case _:
+                return x
+
+    def finish(self, x: Tensor, hidden: list[Tensor]) -> list[Tensor]:
+        logits = self.head(self.final(x) if self.spec.final_norm else x)
+        return [logits, *hidden] if self.spec.read_hidden else [logits]
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        x = self.embed(ids)
+        hidden = [x]
+        for group in self.groups:
+            x = group(x)
+        for index, layer in enumerate(self.layers):
+            if self.spec.obstructed and index == self.spec.obstacle_at:
+                if self.spec.obstacle == "mutation":
+                    x.mul_(1.5)
+                x = self.on_stream(x)
+            x = layer(x)
+            hidden.append(x)
+        return self.finish(x, hidden)
+
+    def branch(self, index: int, x: Tensor) -> Tensor:
+        """The output of layer ``index`` at input ``x``, all parts summed, in the shape of ``x``."""
+        layer = self.all_layers[index]
+        if layer.spec.branch == "permuted":
+            return sum(layer.parts(x.transpose(0, 1))).transpose(0, 1)  # type: ignore[union-attr]
+        if layer.spec.branch == "flat":
+            return sum(layer.parts(x.reshape(-1, self.width))).view(x.shape)  # type: ignore[union-attr]
+        total = torch.zeros_like(x)
+        for part in layer.parts(x):
+            total = total + part.to(x.dtype)
+        return total

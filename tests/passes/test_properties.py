@@ -1,0 +1,165 @@
+"""Property tests: random residual networks are converted with the right answer, or refused with the right reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from networks import BRANCHES, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec
+from torch import Tensor, fx
+
+import attnres_fx
+from attnres_fx.passes._compat import fake_mode_of
+from attnres_fx.passes.capture import capture
+from attnres_fx.passes.detect import detect
+from attnres_fx.passes.graph import value_of
+from attnres_fx.passes.lower import prepare
+from attnres_fx.passes.partition import partition
+from attnres_fx.passes.plan import StreamPlan, relative_sites
+from attnres_fx.passes.rewrite import Assignment, rewrite
+from attnres_fx.passes.streams import Stream
+
+LAYERS = st.builds(LayerSpec, st.sampled_from(BRANCHES), st.sampled_from(SPELLINGS))
+SPECS = st.builds(
+    Spec,
+    layers=st.lists(LAYERS, min_size=1, max_size=6).map(tuple),
+    obstacle=st.one_of(st.none(), st.none(), st.sampled_from(sorted(OBSTACLES))),
+    obstacle_at=st.integers(1, 5),
+    position_table=st.booleans(),
+    read_hidden=st.booleans(),
+    final_norm=st.booleans(),
+    grouped=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+
+
+def normal_spec(spec: Spec) -> Spec:
+    """The obstacle stands between two layers, or there is none."""
+    if spec.obstacle is None or len(spec.layers) < 2:
+        return Spec(**{**vars(spec), "obstacle": None})
+    return Spec(**{**vars(spec), "obstacle_at": 1 + spec.obstacle_at % (len(spec.layers) - 1)})
+
+
+def queries(num_layers: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_layers + 1, width)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64),
+            1 + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64))
+
+
+def rewritten(gm: fx.GraphModule, stream: Stream, boundaries: tuple[int, ...], mix_scale: str) -> fx.GraphModule:
+    """``gm`` with two more inputs in front, the queries and the gains."""
+    width = stream.width
+    plan = StreamPlan("stream", "", stream.num_layers, width, boundaries, relative_sites(stream, ""), 1e-6, mix_scale, True)
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(first):
+        query, gain = gm.graph.placeholder("query"), gm.graph.placeholder("gain")
+    mode = fake_mode_of([value_of(stream.layers[0].node)])
+    for node in (query, gain):
+        node.meta["example_value"] = mode.from_tensor(torch.empty(stream.num_layers + 1, width, dtype=torch.float64))
+    return rewrite(gm, [Assignment(stream, plan, query, gain)])
+
+
+def by_definition(network: Network, ids: Tensor, query: Tensor, gain: Tensor, boundaries: Any, mix_scale: str) -> list[Tensor]:
+    layers = [lambda x, i=i: network.branch(i, x) for i in range(len(network.spec.layers))]
+    mixes = reference.attention_residuals(network.embed(ids), layers, query, gain, boundaries, mix_scale=mix_scale)
+    return network.finish(mixes[-1], mixes)
+
+
+def check(spec: Spec) -> str:
+    """Convert and compare, or check the refusal; returns "converted" or "refused"."""
+    spec = normal_spec(spec)
+    network = Network(spec).double()
+    ids = torch.randint(0, 17, (3, 5), generator=torch.Generator().manual_seed(spec.seed))
+    captured, inputs = capture(network, (ids,), {})
+    streams = detect(prepare(captured))
+    if spec.obstacle is not None:
+        return check_refusal(spec, streams)
+    kinds = [layer.branch for layer in spec.layers]
+    if all(kind in NO_CONTRACTION for kind in kinds):
+        assert not streams
+        return "refused"
+    if kinds[0] in NO_CONTRACTION or kinds[-1] in NO_CONTRACTION:
+        # An end without a contraction is left out of the stream; what is found must still be a part of the truth.
+        assert len(streams) == 1
+        assert streams[0].num_layers < len(kinds)
+        return "refused"
+    assert [stream.num_layers for stream in streams] == [len(kinds)], spec
+    stream = streams[0]
+    assert stream.refusal() is None, stream.refusal()
+    invariant = spec.final_norm and not spec.read_hidden and "plain" not in kinds[1:]
+    assert stream.function_preserving == invariant, (spec, stream.raw_readers)
+    for num_blocks, mix_scale in ((2, "paper"), (len(kinds), "sum")):
+        boundaries = partition(len(kinds), num_blocks=num_blocks)
+        query, gain = queries(len(kinds), network.width, spec.seed)
+        with torch.no_grad():
+            wanted = by_definition(network, ids, query, gain, boundaries, mix_scale)
+            fresh = prepare(captured)
+            graph = rewritten(fresh, detect(fresh)[0], boundaries, mix_scale)
+            got = graph(query, gain, *inputs)
+            for ours, theirs in zip(got, wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+            if mix_scale == "sum":
+                for ours, theirs in zip(graph(0 * query, 1 + 0 * gain, *inputs), network(ids), strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    return "converted"
+
+
+def check_refusal(spec: Spec, streams: list[Stream]) -> str:
+    """A stream with something on it is never one convertible stream of all layers."""
+    assert not any(stream.refusal() is None and stream.num_layers == len(spec.layers) for stream in streams), spec
+    sides = spec.layers[: spec.obstacle_at], spec.layers[spec.obstacle_at :]
+    if all(any(layer.branch not in NO_CONTRACTION for layer in side) for side in sides) and spec.obstacle != "gate":
+        refusals = [type(stream.refusal()).__name__ for stream in streams if stream.refusal() is not None]
+        whole = [s for s in streams if s.num_layers >= 2]
+        assert not whole or refusals or all(s.num_layers < len(spec.layers) for s in whole), spec
+    return "refused"
+
+
+EXAMPLES = [
+    Spec((LayerSpec("pre", "x + f"), LayerSpec("plain", "iadd"), LayerSpec("parallel_left", "x + f"))),
+    Spec((LayerSpec("nested", "x + f"), LayerSpec("nested", "x + f"))),
+    Spec((LayerSpec("permuted", "x + f"), LayerSpec("flat", "x + f"), LayerSpec("broadcast", "x + f"))),
+    Spec((LayerSpec("pre", "f += x"), LayerSpec("mixer", "alpha"), LayerSpec("attention", "stack"))),
+]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(SPECS)
+@example(EXAMPLES[0])
+@example(EXAMPLES[1])
+@example(EXAMPLES[2])
+@example(EXAMPLES[3])
+def test_random_networks(spec: Spec) -> None:
+    check(spec)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(SPECS)
+def test_many_random_networks(spec: Spec) -> None:
+    check(spec)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(SPECS)
+def test_random_networks_through_convert(spec: Spec) -> None:
+    spec = normal_spec(spec)
+    kinds = [layer.branch for layer in spec.layers]
+    if spec.obstacle is not None or kinds[0] in NO_CONTRACTION or kinds[-1] in NO_CONTRACTION:
+        return
+    torch._dynamo.reset()
+    network = Network(spec).double()
+    ids = torch.randint(0, 17, (3, 5))
+    attnres_fx.convert(network, (ids,), layers_per_block=2)
+    query, gain = queries(len(kinds), network.width, spec.seed)
+    with torch.no_grad():
+        network.attnres.stream.query.copy_(query)
+        network.attnres.stream.key_gain.copy_(gain)
+        wanted = by_definition(network, ids, query, gain, partition(len(kinds), layers_per_block=2), "paper")
+        for ours, theirs in zip(network(ids), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
