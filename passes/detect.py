@@ -198,7 +198,8 @@ def _link_of(node: fx.Node, search: _Search) -> _Link | None:
         terms = tuple(part for part in operands if part is not skip)
         ways = [search.reach(base, term) for term in terms]
         if any(reached for reached, _ in ways):
-            layer = Layer(node, skip, terms, tuple(inner))
+            branches = sum(reached and contracts for reached, contracts in ways)
+            layer = Layer(node, skip, terms, tuple(inner), branches)
             return _plain_link(layer, base, any(contracts for _, contracts in ways), search)
     for skip in sorted(skips, key=preference):
         terms = tuple(part for part in operands if part is not skip)
@@ -287,7 +288,7 @@ def _classify(way: list[fx.Node], start: fx.Node, search: _Search) -> Obstacle:
     def first(test: Callable[[fx.Node], bool]) -> fx.Node | None:
         return next((n for n in ordered if test(n)), None)
 
-    norm = first(lambda n: op_name(n) in NORMS or op_name(n) in BATCH_NORMS or op_name(n) in {"rsqrt", "std", "var"})
+    norm = first(lambda n: op_name(n) in NORMS or op_name(n) in BATCH_NORMS or op_name(n) in {"rsqrt", "std", "var", "sqrt"})
     if norm is not None:
         return Obstacle("norm", norm)
     multiplies = {"mul", "__mul__", "imul", "mul_", "div", "truediv", "__truediv__", "div_", "lerp", "rmul", "__rmul__"}

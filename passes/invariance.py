@@ -164,7 +164,7 @@ def _placement(stream: Stream, uses: list[list[fx.Node]]) -> str:
         return "mixed"
     if all(branches_normed):
         return "sandwich"
-    if sum(len(layer.terms) > 1 for layer in stream.layers) * 2 > stream.num_layers:
+    if sum(layer.branches > 1 for layer in stream.layers) * 2 > stream.num_layers:
         return "parallel"
     return "pre"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from attnres_fx.passes.graph import finish, float_tensor, insert_call, value_of
+from attnres_fx.passes.graph import finish, float_tensor, insert_call, same_size, value_of
 from attnres_fx.passes.vocabulary import Addition, addition_of, argument, is_mutation, op_name, viewed
 
 ADD = torch.ops.aten.add.Tensor
@@ -113,10 +113,12 @@ def _addcmul(node: fx.Node) -> bool:
 
 
 def _sub(node: fx.Node) -> bool:
-    """``x - f`` is ``x + (-1) * f``."""
+    """``x - f`` is ``x + (-1) * f``; not where f is broadcast, as the mean within a norm."""
     left, right = argument(node, 0, "input"), argument(node, 1, "other")
-    whole = float_tensor(node)
-    if float_tensor(left) is None or float_tensor(right) is None or whole is None or whole.dim() < 2:
+    whole, subtracted = float_tensor(node), float_tensor(right)
+    if float_tensor(left) is None or subtracted is None or whole is None or whole.dim() < 2:
+        return False
+    if not same_size(subtracted.shape, whole.shape):
         return False
     _replace_by_sum(node, left, _scaled(node, right, -1 * argument(node, 2, "alpha", 1)))
     return True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ def _random_inputs(region: _Region, seed: int, magnitude: Tensor | float, zero_r
     shape = region.source_shape()
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
 
     rows = {row: draw(*shape) * magnitude for row in dict.fromkeys(proposal.rows)}
     if zero_row:
@@ -294,18 +294,51 @@ def _meanings(proposal: Proposal, region: _Region) -> Iterator[Meaning]:
     constants = _constants(proposal)
     # The first positions are enough to find the numbers.
     few = _Inputs({row: value.reshape(-1, width)[:12] for row, value in inputs.rows.items()}, inputs.vectors, inputs.scalars)
-    epsilons = _epsilons(constants, width)
     for query, gain, queries, transposed in _query_forms(proposal):
         targets = _targets(proposal, values, shape, queries)
-        if not targets:
-            continue
-        for scaled in ((False,) if not proposal.scalars else (True,)):
-            for scale, eps, normalised in itertools.product(_scales(constants, width), epsilons, (False, True)):
-                base = Meaning(0, query, gain, queries, transposed, 0 if queries > 1 else -1, scaled, eps, scale, normalised)
-                wanted = _mixed(proposal, few, base)
-                for index, axis, target in targets:
-                    if _close_rows(target, wanted):
-                        yield Meaning(index, query, gain, queries, transposed, axis, scaled, eps, scale, normalised)
+        scaled = bool(proposal.scalars)
+        for (index, axis, target), normalised in itertools.product(targets, (False, True)):
+            for eps in _epsilons(constants, width):
+                one = Meaning(index, query, gain, queries, transposed, axis, scaled, eps, 1.0, normalised)
+                for scale in _fitting_scales(proposal, few, one, target, constants):
+                    meaning = replace(one, logit_scale=scale)
+                    if _close_rows(target, _mixed(proposal, few, replace(meaning, query_axis=min(axis, 0)))):
+                        yield meaning
+
+
+def _fitting_scales(
+    proposal: Proposal, inputs: _Inputs, meaning: Meaning, target: Tensor, constants: Sequence[float]
+) -> list[float]:
+    """The candidates for the logit scale that one position does not rule out.
+
+    The weights of that position follow from its value by linear algebra, and from them the scale. It only selects among
+    the candidates; a position whose weights are no softmax of the scores selects none.
+    """
+    rows = torch.stack([inputs.rows[row] for row in proposal.rows])
+    count, positions, width = rows.shape
+    if count == 1:
+        return [1.0]
+    candidates = list(_scales(constants, width))
+    if count > width:
+        return candidates[:12]
+    place = min(1, positions - 1)
+    query, gain = _roles(proposal, inputs, meaning)
+    query = query.reshape(-1, width)[0]
+    here = rows[:, place]
+    keys = here * torch.rsqrt(here.square().mean(-1, keepdim=True) + meaning.eps)
+    keys = keys if gain is None else keys * gain
+    values = keys if meaning.normalize_values else here
+    value = target.reshape(-1, positions, width)[0, place]
+    weights = torch.linalg.lstsq(values.t(), value.unsqueeze(-1)).solution.squeeze(-1)
+    if bool((weights < -1e-6).any()) or abs(float(weights.sum()) - 1) > 1e-5:
+        return []
+    seen = weights > 1e-7
+    logs, scores = weights[seen].log(), (keys @ query)[seen]
+    logs, scores = logs - logs.mean(), scores - scores.mean()
+    if float(scores.square().sum()) == 0:
+        return candidates[:1]
+    measured = float((logs * scores).sum() / scores.square().sum())
+    return [scale for scale in candidates if abs(scale - measured) <= 1e-4 * abs(measured)]
 
 
 def _targets(
@@ -377,7 +410,7 @@ def meaning_of(proposal: Proposal) -> Meaning | None:
                 with torch.no_grad():
                     fitting = list(itertools.islice(_meanings(proposal, region), 16))
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError):
-                continue  # the region cannot be run at these sizes
+                import traceback; traceback.print_exc(); continue  # the region cannot be run at these sizes
             for meaning in _earliest_first(fitting):
                 if _confirmed(proposal, region, meaning):
                     return meaning

@@ -586,14 +586,14 @@ def proposals(anchor: fx.Node, facts: Facts) -> Iterator[Proposal]:
     seen: set[tuple[Row, ...]] = set()
     for way in ways:
         for rows in _packed(way, sizes):
-            if rows not in seen and (proposal := _close(anchor, rows, dependent, facts)) is not None:
-                yield proposal
-            seen.add(rows)
+            if rows not in seen:
+                seen.add(rows)
+                yield from _close(anchor, rows, dependent, facts)
     if ways:
         for rows in _unnormalised(anchor, ways[-1], sizes, facts):
-            if rows not in seen and (proposal := _close(anchor, rows, dependent, facts)) is not None:
-                yield proposal
-            seen.add(rows)
+            if rows not in seen:
+                seen.add(rows)
+                yield from _close(anchor, rows, dependent, facts)
 
 
 def _unnormalised(
@@ -617,23 +617,33 @@ def _unnormalised(
         yield from _packed([reader.sources_of(found[depth], False) for found in entries], sizes)
 
 
-def _close(anchor: fx.Node, rows: tuple[Row, ...], dependent: Sequence[fx.Node], facts: Facts) -> Proposal | None:
-    """The proposal with these sources, if the logits and some output need nothing but them and small vectors."""
+def _close(anchor: fx.Node, rows: tuple[Row, ...], dependent: Sequence[fx.Node], facts: Facts) -> Iterator[Proposal]:
+    """The proposals with these sources, if the logits and some output need nothing but them and small vectors.
+
+    Outputs that read the same vectors share a proposal: what follows a mix (the gain of the next norm) starts another.
+    """
     shape = row_shape(rows[0])
     if not shape or not isinstance(shape[-1], int) or shape[-1] < 1:
-        return None
-    width = shape[-1]
+        return
     leaves = frozenset(row.node for row in rows)
-    closure = _Closure(facts, leaves, width, 64 + 48 * len(rows))
+    closure = _Closure(facts, leaves, shape[-1], 64 + 48 * len(rows))
     if anchor in leaves or not closure.grow(anchor):
-        return None
-    outputs = []
+        return
+    outputs: list[fx.Node] = []
     for node in dependent:
-        if node not in leaves and (node in closure.inside or closure.grow(node)) and _fits(node, shape):
+        cuts, inside = set(closure.cuts), set(closure.inside)
+        if node in leaves or not (node in closure.inside or closure.grow(node)):
+            continue
+        if closure.cuts != cuts:
+            if outputs:
+                yield from _cut(anchor, rows, inside, outputs, closure, facts)
+                outputs = []
+            if sum(_static_numel(cut) != 1 for cut in closure.cuts) > 3:
+                return
+        if _fits(node, shape):
             outputs.append(node)
-    if not outputs:
-        return None
-    return _cut(anchor, rows, closure, outputs, facts)
+    if outputs:
+        yield from _cut(anchor, rows, closure.inside, outputs, closure, facts)
 
 
 def _fits(node: fx.Node, shape: tuple[object, ...]) -> bool:
@@ -654,39 +664,34 @@ def query_axes(own: tuple[object, ...], shape: tuple[object, ...]) -> list[int]:
 
 
 def _cut(
-    anchor: fx.Node, rows: tuple[Row, ...], closure: _Closure, outputs: Sequence[fx.Node], facts: Facts
-) -> Proposal | None:
+    anchor: fx.Node, rows: tuple[Row, ...], inside: set[fx.Node], outputs: Sequence[fx.Node], closure: _Closure, facts: Facts
+) -> Iterator[Proposal]:
     """Split a closed set into what depends on the sources and the parameters that enter there."""
-    ordered = sorted(closure.inside, key=facts.order.__getitem__)
+    ordered = sorted(inside, key=facts.order.__getitem__)
     dependent: set[fx.Node] = set(closure.leaves)
     for node in ordered:
         if any(source in dependent for source in node.all_input_nodes):
             dependent.add(node)
             target = argument(node, 0, "input", node.kwargs.get("self"))
             if isinstance(target, fx.Node) and is_mutation(node):
-                dependent.update(name for name in closure.inside if memory_of(name) is memory_of(target))
-    region = {node for node in ordered if node in dependent}
-    entering: list[fx.Node] = []
-    pending = [node for node in ordered if node in dependent]
-    while pending:
-        node = pending.pop(0)
+                dependent.update(name for name in inside if memory_of(name) is memory_of(target))
+    region = [node for node in ordered if node in dependent]
+    reached, entering = set(region), []
+    for node in region:  # grows while it is read
         for source in node.all_input_nodes:
-            if source in dependent or source in region or source in entering:
+            if source in dependent or source in reached or is_symbol(source):
                 continue
-            if is_symbol(source):
-                continue
-            if source in closure.inside and not _is_parameter(source, closure):
-                region.add(source)
-                pending.append(source)
-                continue
-            entering.append(source)
-    vectors = tuple(node for node in entering if (_static_numel(node) or 0) > 1)
-    scalars = tuple(node for node in entering if _static_numel(node) == 1)
+            reached.add(source)
+            if source in inside and not _is_parameter(source, closure):
+                region.append(source)
+            else:
+                entering.append(source)
     if any(_static_numel(node) is None for node in entering):
-        return None
-    if closure.width == 1:
-        vectors, scalars = (*vectors, *scalars), ()
-    return Proposal(anchor, rows, vectors, scalars, tuple(sorted(region, key=facts.order.__getitem__)), tuple(outputs))
+        return
+    vectors = tuple(node for node in entering if closure.width == 1 or _static_numel(node) != 1)
+    scalars = tuple(node for node in entering if node not in vectors)
+    if vectors:
+        yield Proposal(anchor, rows, vectors, scalars, tuple(sorted(region, key=facts.order.__getitem__)), tuple(outputs))
 
 
 def _is_parameter(node: fx.Node, closure: _Closure) -> bool:

@@ -73,13 +73,15 @@ class Layer:
     """One residual addition: ``value = skip + terms``.
 
     ``node`` is the addition, ``skip`` the raw operand that carries the stream, ``terms`` the raw branch operands (several
-    where branches are added together, as in parallel blocks), ``inner`` further additions of the same sum.
+    where branches are added together, as in parallel blocks), ``inner`` further additions of the same sum. ``branches``
+    counts the terms that are sublayers of their own: computed from the skip by a contraction.
     """
 
     node: fx.Node
     skip: fx.Node
     terms: tuple[fx.Node, ...]
     inner: tuple[fx.Node, ...] = ()
+    branches: int = 1
 
     @property
     def place(self) -> Place:

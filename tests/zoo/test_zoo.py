@@ -1,0 +1,129 @@
+"""The zoo: every architecture is found, converted exactly, compiled and trained, or refused for its own reason."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor
+from zoo_cases import ZOO, ZooCase
+
+import attnres_fx
+from attnres_fx.analysis import report_of
+from attnres_fx.errors import StreamRefusedError
+
+pytestmark = pytest.mark.zoo
+
+ROWS: list[tuple[str, ...]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Print what was found, and the rate of conversion in each family, when all is done."""
+    ROWS.clear()
+    yield
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table("case", "tracer", "streams found", "expected", "converted", "deviation or reason", "seconds")
+    for row in ROWS:
+        shown.add_row(*row)
+    rates = Table("family", "rewritable cases converted", "other cases converted or refused for their own reason")
+    for family in sorted({case.family for case in ZOO.values()}):
+        names = [name for name, case in ZOO.items() if case.family == family]
+        good = {row[0] for row in ROWS if row[4] == "yes"}
+        rewritable = [name for name in names if ZOO[name].rewritable]
+        others = [name for name in names if not ZOO[name].rewritable]
+        refused = {row[0] for row in ROWS if row[4] == "refused"}
+        rates.add_row(family, f"{sum(n in good for n in rewritable)} of {len(rewritable)}",
+                      f"{sum(n in good | refused for n in others)} of {len(others)}")
+    Console(width=160, force_terminal=False).print("\n", shown, rates)
+
+
+def record(name: str, tracer: str, found: Any, converted: str, outcome: str, started: float) -> None:
+    ROWS.append((name, tracer, str(found), str(list(ZOO[name].layers)), converted, outcome, f"{time.time() - started:.1f}"))
+
+
+def facts(case: ZooCase, report: Any) -> None:
+    assert sorted(stream.num_layers for stream in report.streams) == sorted(case.layers)
+    assert {stream.norm_placement for stream in report.streams} == {case.placement}
+    assert all(stream.function_preserving == case.rewritable for stream in report.streams)
+    assert all(stream.convertible == case.convertible for stream in report.streams)
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_analyze(name: str) -> None:
+    torch._dynamo.reset()
+    case, started = ZOO[name], time.time()
+    model, args, kwargs = case.build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = attnres_fx.analyze(model, args, kwargs)
+    facts(case, report)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    record(name, "dynamo", [s.num_layers for s in report.streams], "-", report.streams[0].norm_placement, started)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("name", list(ZOO))
+def test_analyze_exported(name: str, strict: bool) -> None:
+    torch._dynamo.reset()
+    case, started = ZOO[name], time.time()
+    model, args, kwargs = case.build()
+    with torch.no_grad():
+        program = torch.export.export(model, args, kwargs, strict=strict)
+    report = report_of(program.module(check_guards=False))  # type: ignore[arg-type]
+    facts(case, report)
+    record(name, "export, strict" if strict else "export", [s.num_layers for s in report.streams], "-",
+           report.streams[0].norm_placement, started)
+
+
+@pytest.mark.parametrize("mix_scale", ["paper", "sum"])
+@pytest.mark.parametrize("num_blocks", [2, 99], ids=["blocks", "full"])
+@pytest.mark.parametrize("name", list(ZOO))
+def test_convert(name: str, num_blocks: int, mix_scale: str) -> None:
+    torch._dynamo.reset()
+    case, started = ZOO[name], time.time()
+    built = case.build()
+    if mix_scale == "paper":
+        models.set_norm_eps(built[0])
+        built = models.to_dtype(built, torch.float64)
+    model, args, kwargs = built
+    with torch.no_grad():
+        plain = models.tensors_of(model(*args, **kwargs))
+    if not case.convertible:
+        with pytest.raises(StreamRefusedError, match=case.refusal):
+            attnres_fx.convert(model, args, kwargs, num_blocks=num_blocks, mix_scale=mix_scale)
+        assert not hasattr(model, "attnres")
+        record(name, "dynamo", list(case.layers), "refused", case.refusal, started)
+        return
+    attnres_fx.convert(model, args, kwargs, num_blocks=num_blocks, mix_scale=mix_scale)
+    with torch.no_grad():
+        deviation = models.relative(models.tensors_of(model(*args, **kwargs)), plain)
+    if case.rewritable or mix_scale == "sum":
+        assert deviation <= (1e-6 if mix_scale == "paper" else 1e-5)
+    if num_blocks == 2:
+        assert attnres_fx.verify(model, args, kwargs).passed
+        if mix_scale == "sum":
+            train_a_step(model, args, kwargs)
+    record(name, "dynamo", [s.query.shape[0] - 1 for s in model.attnres.streams.values()], "yes",
+           f"{deviation:.0e} ({mix_scale}, {'full' if num_blocks == 99 else '2 blocks'})", started)
+
+
+def train_a_step(model: Any, args: Any, kwargs: Any) -> None:
+    """One compiled training step moves the queries, and the compiled values are the eager ones."""
+    compiled = torch.compile(model, backend="attnres", options={"downstream": "aot_eager"})
+    optimizer = torch.optim.SGD(model.attnres.parameters(), lr=1e-2)
+    outputs: list[Tensor] = models.tensors_of(compiled(*args, **kwargs))
+    with torch.no_grad():
+        assert models.relative(outputs, models.tensors_of(model(*args, **kwargs))) < 1e-4
+    sum(output.square().mean() for output in outputs).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    for parameters in model.attnres.streams.values():
+        assert parameters.query[0].abs().sum() == 0
+        assert parameters.query[1:].abs().sum() > 0
+
+
