@@ -1,7 +1,7 @@
 """The command line: ``attnres inspect``, ``attnres transform``, ``attnres verify``.
 
-Nothing heavy is imported before a command runs, so that the help is there at once. Results go to stdout; whatever else a
-model prints goes to stderr. Exit codes: 0 good, 1 a check failed, 2 a bad input or a refused model, with one line.
+Nothing heavy is imported before a command runs, so that the help is there at once. Results go to stdout; whatever a
+user's code prints goes to stderr. Exit codes: 0 good, 1 a check failed, 2 bad input or a refused model, with one line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,12 +30,12 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Turn a PyTorch transformer into an Attention-Residuals model: inspect it, transform it, verify the result.")
 
-_USAGE_ERROR = typer.BadParameter.__mro__[1]
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's UsageError, wherever this typer keeps click
 
 _SOURCE_HELP = (
-    "A Hugging Face checkpoint directory (config.json and safetensors); or a .pt2 file of torch.export (open only files that "
-    "you trust: reading one may run code); or package.module:factory or path/to/file.py:factory, where factory() returns the "
-    "model, (model, args) or (model, args, kwargs).")
+    "A Hugging Face checkpoint directory (config.json and safetensors); or a .pt2 file of torch.export (open only "
+    "files that you trust: reading one may run code); or package.module:factory or path/to/file.py:factory, where "
+    "factory() returns the model, (model, args) or (model, args, kwargs).")
 
 SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
 NumBlocks = Annotated[int | None, typer.Option("--num-blocks", help="At most so many blocks; 8 if nothing is given.")]
@@ -63,8 +64,9 @@ def inspect(
     from attnres_fx.report import blocks_table, mixes_table, render
 
     opened = _open(source)
+    converted = opened.converted  # before --graph converts a plain model in memory
     report, plans = _plan(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
-    content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": opened.converted, **report.to_dict(),
+    content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": converted, **report.to_dict(),
                                "plans": [_plan_json(plan) for plan in plans]}
     if graph or dot is not None:
         from attnres_fx.files import whole_file
@@ -77,10 +79,11 @@ def inspect(
             with whole_file(dot, overwrite=True) as partial:
                 partial.write_text(draw(pair, source), encoding="utf-8")
     if as_json:
-        return _print_json(content)
+        _print_json(content)
+        return
     print(report if report.streams else render(_found_mixes(report)))
     if plans:
-        heading = "converted:" if opened.converted else "a conversion would give:"
+        heading = "converted:" if converted else "a conversion would give:"
         print("\n" + render(f"{heading} {_summary(plans)}", blocks_table(plans), mixes_table(plans)))
     if graph:
         print("\n" + content["code"])
@@ -102,7 +105,8 @@ def transform(
 ) -> None:
     """Convert SOURCE and write it to OUT.
 
-    OUT is written whole or not at all. Of a Hugging Face directory OUT is the same checkpoint, untouched, with attnres.json and attnres.safetensors beside it.
+    OUT is written whole or not at all. Of a Hugging Face directory OUT is the same checkpoint, untouched, with
+    attnres.json and attnres.safetensors beside it.
     Read OUT back with attnres_fx.load.
     """
     from attnres_fx import exported, persistence, pretrained
@@ -111,7 +115,7 @@ def transform(
     from attnres_fx.files import check_directory
     from attnres_fx.report import blocks_table, render
 
-    if Path(source).exists() and Path(source).is_dir():
+    if Path(source).is_dir():
         here, there = Path(source).resolve(), out.resolve()
         if here == there or here in there.parents or there in here.parents:
             raise OptionError(f"the output '{out}' and the source '{source}' lie within each other",
@@ -135,8 +139,9 @@ def transform(
         else:
             persistence.save(model, out, overwrite=force)
     if as_json:
-        return _print_json({"source": source, "kind": opened.kind, "output": str(out),
-                            "plans": [_plan_json(plan) for plan in plans]})
+        _print_json({"source": source, "kind": opened.kind, "output": str(out),
+                     "plans": [_plan_json(plan) for plan in plans]})
+        return
     print(render(_summary(plans), blocks_table(plans)))
     print(f"\nwrote {out}")
 
@@ -153,10 +158,12 @@ def verify(
 ) -> None:
     """Check that SOURCE computes what it should.
 
-    At zero queries that is the plain network, at random ones the definition of the paper. A plain SOURCE is converted in memory first. Exit code 1 if a check fails.
+    At zero queries that is the plain network, at random ones the definition of the paper. A plain SOURCE is converted
+    in memory first. Exit code 1 if a check fails.
     """
-    from attnres_fx import exported, verification
+    from attnres_fx import verification
     from attnres_fx.conversion import convert
+    from attnres_fx.exported_verification import verify_program
 
     opened = _open(source)
     options: dict[str, Any] = {"num_blocks": num_blocks, "layers_per_block": layers_per_block, "mix_scale": mix_scale,
@@ -164,7 +171,7 @@ def verify(
     if opened.converted:
         _refuse_plan_options(num_blocks, layers_per_block, streams)
     if opened.program is not None:
-        result = exported.verify_program(opened.program, **({} if opened.converted else options))
+        result = verify_program(opened.program, **({} if opened.converted else options))
     else:
         if not opened.converted:
             convert(opened.model, opened.args, opened.kwargs, **options)
@@ -248,8 +255,9 @@ def _marked(opened: Source, plans: list[StreamPlan]) -> fx.GraphModule:
 
 
 def _summary(plans: Sequence[StreamPlan]) -> str:
-    return "; ".join(f"stream '{plan.name}': {plan.num_layers} layers of width {plan.width} in {plan.num_blocks} blocks, "
-                     f"{plan.num_layers} mixes ({plan.mix_scale})" for plan in plans)
+    return "; ".join(
+        f"stream '{plan.name}': {plan.num_layers} layers of width {plan.width} in {plan.num_blocks} blocks, "
+        f"{plan.num_layers} mixes ({plan.mix_scale})" for plan in plans)
 
 
 def _found_mixes(report: Report) -> Any:
@@ -280,7 +288,8 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 def _fail(message: str) -> int:
-    print("attnres: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(re.sub(r"[.\s]*\n\s*What to do:", ". What to do:", message).split())
+    print(f"attnres: {line}", file=sys.stderr)
     return 2
 
 
@@ -305,7 +314,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
                                   standalone_mode=False)
             return result if isinstance(result, int) else 0
         except _USAGE_ERROR as error:
-            return _fail(error.format_message())  # type: ignore[attr-defined]
+            return _fail(error.format_message())
         except (KeyboardInterrupt, typer.Abort):
             return 130
         except BrokenPipeError:

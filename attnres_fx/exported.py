@@ -1,4 +1,4 @@
-"""Programs of ``torch.export`` (``.pt2``): load, rewrite, export again, verify.
+"""Programs of ``torch.export`` (``.pt2``): load, rewrite, export again.
 
 A program is a graph already, so that nothing is traced. The parameters go into the graph by the marker, as in a traced
 model, and the passes are the same. Opening a ``.pt2`` may run what is pickled in it: open only files that you trust.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import operator
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +25,14 @@ from torch.utils import _pytree as pytree
 from attnres_fx.conversion import plan_streams
 from attnres_fx.files import PLAN_FILE, first_line, json_text, whole_file
 from attnres_fx.passes._compat import fake_mode_of
-from attnres_fx.passes.graph import copy_graph_module, finish, insert_call, value_of
-from attnres_fx.passes.lower import assign, lower_marked, markers_of
-from attnres_fx.passes.normalize import normalize_graph
-from attnres_fx.passes.oracle import OracleInterpreter, mix_by_definition
+from attnres_fx.passes.graph import copy_graph_module, finish, value_of
+from attnres_fx.passes.lower import assign, lower_marked, prepare
 from attnres_fx.passes.plan import StreamPlan
-from attnres_fx.passes.rewrite import Assignment
-from attnres_fx.passes.vocabulary import argument, is_mix
+from attnres_fx.passes.vocabulary import is_mix
 from attnres_fx.persistence import aliases_of, check_description, description_of, same_memory, tie
 from attnres_fx.runtime.errors import AlreadyConvertedError, CheckpointFileError, LoweringError, OptionError
 from attnres_fx.runtime.marker import ENTER
-from attnres_fx.runtime.mix import MIX
 from attnres_fx.runtime.parameters import AttnRes, StreamParameters
-from attnres_fx.verification import Verification, deviation
-
-_EXPORTED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,9 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, Any], tuple[Str
         with _quiet():
             program = torch.export.load(path, extra_files=extra)
     except Exception as error:  # torch.export raises whatever its parts raise on a damaged archive
-        raise CheckpointFileError(f"'{path}' cannot be read as a program of torch.export: {first_line(error)}",
+        told = first_line(error)
+        why = f": {told}" if "check the warnings above" not in told else ""  # the warnings are a traceback, kept quiet
+        raise CheckpointFileError(f"'{path}' cannot be read as a program of torch.export{why}",
                                   remedy="write it with torch.export.save of this version of torch") from error
     if not extra[PLAN_FILE]:
         return program, {}, ()
@@ -107,7 +101,7 @@ def load_module(path: Path, device: torch.device | str | None = None) -> nn.Modu
 
 
 def retie(module: nn.Module) -> None:
-    """Make parameters over the same memory the same object: export and its files keep the memory and lose the identity."""
+    """Make parameters over the same memory the same object: the files of export keep the memory, not the identity."""
     named = {name: p for name, p in module.named_parameters(remove_duplicate=False) if same_memory(p) is not None}
     tie(module, aliases_of(named))
 
@@ -115,15 +109,18 @@ def retie(module: nn.Module) -> None:
 def plan_program(program: Program, **options: Any) -> list[StreamPlan]:
     """The plans that a conversion of ``program`` with ``options`` of :func:`attnres_fx.convert` would fix."""
     if program.plans or any(is_mix(node) for node in program.module.graph.nodes):
-        raise AlreadyConvertedError("this program is converted already", remedy="transform the program of the plain model")
+        raise AlreadyConvertedError("this program is converted already",
+                                    remedy="transform the program of the plain model")
     copy = copy_graph_module(program.module)
     return plan_streams(copy, copy, **options)
 
 
-def mark_program(program: Program, plans: Sequence[StreamPlan], param_dtype: torch.dtype | None = None) -> fx.GraphModule:
+def mark_program(
+    program: Program, plans: Sequence[StreamPlan], param_dtype: torch.dtype | None = None
+) -> fx.GraphModule:
     """A copy of the program's graph with new parameters at ``attnres`` and a marker for each plan."""
     gm = copy_graph_module(program.module)
-    dtype = param_dtype or (torch.float64 if _dtypes(gm) == {torch.float64} else torch.float32)
+    dtype = param_dtype or (torch.float64 if weight_dtypes(gm) == {torch.float64} else torch.float32)
     device = next((p.device for p in gm.parameters()), torch.device("cpu"))
     container = AttnRes({
         plan.name: StreamParameters(plan.num_layers, plan.width, plan.to_json(), key_gain=plan.key_gain, dtype=dtype,
@@ -133,7 +130,7 @@ def mark_program(program: Program, plans: Sequence[StreamPlan], param_dtype: tor
     first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
     for plan in plans:
         parameters = container.streams[plan.name]
-        nodes = []
+        nodes: list[fx.Node | None] = []
         with gm.graph.inserting_before(first):
             for name in ("query", "key_gain"):
                 tensor = getattr(parameters, name)
@@ -144,8 +141,20 @@ def mark_program(program: Program, plans: Sequence[StreamPlan], param_dtype: tor
                 node.meta["val"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
                 nodes.append(node)
             marker = gm.graph.call_function(ENTER, (nodes[0], nodes[1], plan.to_json()))
-            marker.meta["val"] = nodes[0].meta["val"].new_empty(()) if nodes[0] is not None else None
+            assert nodes[0] is not None
+            marker.meta["val"] = nodes[0].meta["val"].new_empty(())
+            marker.meta["nn_module_stack"] = _stack_of(gm, plan.owner)
     return finish(gm)
+
+
+def _stack_of(gm: fx.GraphModule, owner: str) -> dict[str, Any]:
+    """The module stack down to ``owner``, as if its forward had called the marker."""
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [entry[0] for entry in stack.values()]
+        if owner in paths:
+            return dict(list(stack.items())[: paths.index(owner) + 1])
+    return {}
 
 
 def rewrite_program(marked: fx.GraphModule) -> fx.GraphModule:
@@ -157,7 +166,7 @@ def rewrite_program(marked: fx.GraphModule) -> fx.GraphModule:
 
 def _adopt(new: nn.Module, old: nn.Module) -> None:
     """Give ``new`` the parameters and buffers of ``old`` that copying the graph left behind."""
-    have = {name for name, _ in [*new.named_parameters(remove_duplicate=False), *new.named_buffers(remove_duplicate=False)]}
+    have = {name for named in (new.named_parameters, new.named_buffers) for name, _ in named(remove_duplicate=False)}
     for table, named in (("_parameters", old.named_parameters), ("_buffers", old.named_buffers)):
         for name, tensor in named(remove_duplicate=False):
             if name in have:
@@ -178,13 +187,14 @@ def transform(program: Program, out: Path, *, overwrite: bool = False, **options
     program cannot be exported.
     """
     if out.suffix != ".pt2":
-        raise OptionError(f"'{out}' does not end in .pt2, and the source is a .pt2 program", remedy="name the output x.pt2")
-    _need_inputs(program)
+        raise OptionError(f"'{out}' does not end in .pt2, and the source is a .pt2 program",
+                          remedy="name the output x.pt2")
+    need_inputs(program)
     param_dtype = options.pop("param_dtype", None)
     plans = plan_program(program, **options)
     marked = mark_program(program, plans, param_dtype)
     rewritten = rewrite_program(marked)
-    preserving = all(assignment.stream.function_preserving for assignment in _assignments(marked))
+    preserving = all(assignment.stream.function_preserving for assignment in assign(prepare(marked)))
     specs = dynamic_shapes(program.module, program.args, program.kwargs)
     try:
         with _quiet():
@@ -222,9 +232,9 @@ def _spec(value: Any) -> dict[int, Any] | None:
         if isinstance(size, torch.SymInt):
             bounds = size.node.shape_env.bound_sympy(size.node.expr) if size.node.shape_env is not None else None
             limits = {}
-            if bounds is not None and bounds.lower.is_finite and int(bounds.lower) > 1:
+            if bounds is not None and bounds.lower.is_Integer and int(bounds.lower) > 1:
                 limits["min"] = int(bounds.lower)
-            if bounds is not None and bounds.upper.is_finite and int(bounds.upper) < 2**31:
+            if bounds is not None and bounds.upper.is_Integer and int(bounds.upper) < 2**31:
                 limits["max"] = int(bounds.upper)
             found[dim] = Dim.AUTO(**limits) if limits else Dim.AUTO
     return found or None
@@ -242,129 +252,14 @@ def _lost_dimensions(module: fx.GraphModule, exported: ExportedProgram) -> str:
     return ""
 
 
-def verify_program(program: Program, *, seed: int = 0, **options: Any) -> Verification:
-    """Both oracles of :func:`attnres_fx.verify` for a program; a plain one is converted in memory with ``options``.
-
-    A program that is rewritten already no longer holds the plain network; its mixes are replaced by the sums of their
-    sources to give it back, and recomputed one by one by definition, so that its blocks are taken from the file.
-    """
-    _need_inputs(program)
-    generator = torch.Generator().manual_seed(seed)
-    if program.plans:
-        rewritten, plain, plans = program.module, _unmixed(program.module), list(program.plans)
-    else:
-        plans = plan_program(program, **options)
-        marked = mark_program(program, plans)
-        rewritten, plain = rewrite_program(marked), program.module
-    at_zero, at_random = _values(rewritten, generator)
-
-    def run(call: Callable[..., Any], module: nn.Module, values: Mapping[str, torch.Tensor]) -> Any:
-        inputs = pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (program.args, program.kwargs))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _swapped(module, values):
-            torch.manual_seed(seed)
-            return call(*inputs[0], **inputs[1])
-
-    zero = deviation(run(rewritten, rewritten, at_zero), run(plain, plain, {}))
-    preserving, notes = program.preserving, ["the program is rewritten already: its blocks are taken from the file"]
-    if program.plans:
-        interpreter: fx.Interpreter = _ByDefinition(rewritten)
-        owner = rewritten
-    else:
-        assignments = _assignments(marked)
-        preserving, notes = all(a.stream.function_preserving for a in assignments), []
-        parameters = [(a.stream, a.plan, at_random[f"attnres.{a.plan.name}.query"],
-                       at_random.get(f"attnres.{a.plan.name}.key_gain")) for a in assignments]
-        for marker in markers_of(marked):
-            marked.graph.erase_node(marker)
-        interpreter, owner = OracleInterpreter(finish(marked), parameters), marked
-    random = deviation(run(rewritten, rewritten, at_random), run(_interpreted(interpreter), owner, at_random))
-    tolerance = max(_EXPORTED_TOLERANCE.get(dtype, 1e-4) for dtype in _dtypes(program.module) or {torch.float32})
-    paper = any(plan.mix_scale == "paper" for plan in plans)
-    return Verification.of(zero, random, tolerance, paper, preserving, notes)
+def weight_dtypes(module: nn.Module) -> set[torch.dtype]:
+    """The dtypes of the model's own parameters."""
+    return {p.dtype for name, p in module.named_parameters()
+            if p.is_floating_point() and not name.startswith("attnres.")}
 
 
-def _assignments(marked: fx.GraphModule) -> list[Assignment]:
-    """The streams of a marked graph with their plans; the graph is normalized on the way."""
-    normalize_graph(marked.graph)
-    return assign(marked)
-
-
-def _interpreted(interpreter: fx.Interpreter) -> Callable[..., Any]:
-    graph = interpreter.module.graph  # type: ignore[union-attr]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        flat = graph._codegen.process_inputs(*args, **kwargs)  # type: ignore[union-attr]
-        return graph._codegen.process_outputs(interpreter.run(*flat, enable_io_processing=False))  # type: ignore[union-attr]
-
-    return call
-
-
-class _ByDefinition(fx.Interpreter):
-    """Runs a rewritten graph with each mix computed by definition, from elementary operations."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if not is_mix(n):
-            return super().run_node(n)
-        sources, query, gain, eps, *_, factor = _mix_arguments(n, self.fetch_args_kwargs_from_env(n)[0])
-        each = tuple(range(1, len(sources)))
-        return (mix_by_definition(list(sources), each, query, gain, eps) * factor).to(sources[0].dtype)
-
-
-def _mix_arguments(node: fx.Node, given: Sequence[Any]) -> tuple[Any, ...]:
-    """The seven arguments of a mix; a serialized graph leaves out those that have their default value."""
-    schema = MIX._schema.arguments
-    values = [*given, *(argument.default_value for argument in schema[len(given):])]
-    for index, described in enumerate(schema):
-        if described.name in node.kwargs:
-            values[index] = node.kwargs[described.name]
-    return tuple(values)
-
-
-def _unmixed(gm: fx.GraphModule) -> fx.GraphModule:
-    """The plain residual network of a rewritten one: every mix is the sum of its sources."""
-    plain = copy_graph_module(gm)
-    for node in list(plain.graph.nodes):
-        if not is_mix(node):
-            continue
-        sources = argument(node, 0, "sources")
-        with plain.graph.inserting_before(node):
-            total = sources[0]
-            for source in sources[1:]:
-                total = insert_call(plain.graph, operator.add, (total, source), like=node)
-        node.replace_all_uses_with(total)
-        plain.graph.erase_node(node)
-    return finish(plain)
-
-
-def _values(gm: fx.GraphModule, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(zero queries and unit gains, random ones) for the parameters at ``attnres``."""
-    zero, random = {}, {}
-    for name, parameter in gm.named_parameters():
-        if not name.startswith("attnres."):
-            continue
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-        if name.endswith(".query"):
-            zero[name], random[name] = torch.zeros_like(parameter), noise * (2.0 / parameter.shape[-1] ** 0.5)
-        else:
-            zero[name], random[name] = torch.ones_like(parameter), 1 + 0.3 * noise
-    return zero, random
-
-
-@contextmanager
-def _swapped(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Other values for some parameters of ``module``, for a while."""
-    from torch.nn.utils import stateless
-
-    own = {name for name, _ in module.named_parameters()}
-    with stateless._reparametrize_module(module, {k: v for k, v in values.items() if k in own}):
-        yield
-
-
-def _dtypes(module: nn.Module) -> set[torch.dtype]:
-    return {p.dtype for name, p in module.named_parameters() if p.is_floating_point() and not name.startswith("attnres.")}
-
-
-def _need_inputs(program: Program) -> None:
+def need_inputs(program: Program) -> None:
+    """Refuse a program without example inputs."""
     if not program.args and not program.kwargs:
         raise CheckpointFileError("the .pt2 program holds no example inputs",
                                   remedy="save it with torch.export.save right after torch.export.export")

@@ -1,4 +1,4 @@
-"""Files on disk: read JSON and safetensors with one clear error for each fault, and write outputs whole or not at all."""
+"""Files on disk: JSON and safetensors are read with one clear error a fault, outputs written whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ PARAMETER_FILE = "attnres.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
 
 _FLAT_LIST = re.compile(r"\[[^\[\]{}\"]*(?:\"[^\"\\\[\]]*\"[^\[\]{}\"]*)*\]")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to its first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """What an error of another library says, cut to its first line and without colour codes."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
 
 
@@ -49,20 +53,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def json_text(content: Mapping[str, Any]) -> str:
     """JSON for people: indented, keys in the order given, lists of plain values on one line."""
     spread = json.dumps(content, indent=2)
-    compact = _FLAT_LIST.sub(lambda found: re.sub(r"\s*\n\s*", " ", found.group()).replace("[ ", "[").replace(" ]", "]"),
-                             spread)
+    compact = _FLAT_LIST.sub(
+        lambda found: re.sub(r"\s*\n\s*", " ", found.group()).replace("[ ", "[").replace(" ]", "]"), spread)
     return (compact if json.loads(compact) == json.loads(spread) else spread) + "\n"
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file. Raises CheckpointFileError if it is missing, truncated or of another format."""
+    """The tensors of a safetensors file. Raises CheckpointFileError if it is missing, truncated or something else."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise CheckpointFileError(f"there is no file '{path}'")
     try:
-        return load_file(path)  # type: ignore[no-any-return]
+        return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointFileError(f"'{path}' is no whole safetensors file: {first_line(error)}",
                                   remedy="it is truncated or of another format; copy or write it anew") from error
@@ -86,12 +90,13 @@ def weight_files(directory: Path) -> dict[str, list[str] | None]:
     if (directory / WEIGHTS_FILE).is_file():
         return {WEIGHTS_FILE: None}
     if not index_path.is_file():
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise CheckpointFileError(
-                f"'{directory}' holds pickled weights ('{pickles[0]}'), which are not opened, since unpickling runs code",
+                f"'{directory}' holds pickled weights ('{pickles[0]}'), not opened since unpickling runs code",
                 remedy="load them where you trust them and save with safetensors (model.save_pretrained)")
-        raise CheckpointFileError(f"'{directory}' holds no weights", remedy=f"it needs '{WEIGHTS_FILE}' or '{INDEX_FILE}'")
+        raise CheckpointFileError(f"'{directory}' holds no weights",
+                                  remedy=f"it needs '{WEIGHTS_FILE}' or '{INDEX_FILE}'")
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointFileError(f"'{index_path}' has no 'weight_map' from keys to files")
@@ -120,10 +125,10 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def whole_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to; it takes the name ``path`` when the block ends well, else it is gone."""
+    """A temporary file beside ``path`` to write to; it becomes ``path`` when the block ends well, else it is gone."""
     if path.is_dir() or (path.exists() and not overwrite):
         raise _exists(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(path)
     partial = _beside(path)
     try:
         yield partial
@@ -139,7 +144,7 @@ def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     An empty directory at ``path`` is replaced. A full one is replaced only if ``overwrite`` and if it was written here.
     """
     check_directory(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(path)
     partial = _beside(path)
     partial.mkdir()
     try:
@@ -166,11 +171,19 @@ def check_directory(path: Path, *, overwrite: bool) -> None:
         if overwrite and (path / PLAN_FILE).is_file():
             return
         if overwrite:
-            raise CheckpointFileError(f"'{path}' exists and was not written by attnres_fx, so that it is not overwritten",
+            raise CheckpointFileError(f"'{path}' exists, was not written by attnres_fx, and is not overwritten",
                                       remedy="give another name, or remove it yourself")
         raise _exists(path)
     if path.exists() or path.is_symlink():
         raise CheckpointFileError(f"'{path}' exists and is no directory", remedy="give another name")
+
+
+def _make_parents(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointFileError(f"'{path}' cannot be written: {first_line(error)}",
+                                  remedy="give another name") from error
 
 
 def _exists(path: Path) -> CheckpointFileError:

@@ -1,7 +1,8 @@
 """Graphs for people: the rewritten graph as Python code, and the streams before and after as DOT text.
 
 The code is that of the graph itself, grouped by the module that each line comes from. The DOT drawing is a spine: the
-values of a stream, one box a layer for its branch, and behind the rewrite the block sums and the mixes with their sources.
+values of a stream, one box a layer for its branch, and after the rewrite the block sums and the mixes with their
+sources.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnres_fx.passes.graph import copy_graph_module, module_path
-from attnres_fx.passes.lower import assign, lower_marked
-from attnres_fx.passes.normalize import normalize_graph
+from attnres_fx.passes.graph import module_path
+from attnres_fx.passes.lower import assign, lower_marked, prepare
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.rewrite import Assignment
 from attnres_fx.passes.streams import Layer
-from attnres_fx.passes.vocabulary import argument, is_mix
+from attnres_fx.passes.vocabulary import argument, is_mix, op_name
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,12 @@ class Pair:
 
 def before_and_after(marked: fx.GraphModule) -> Pair:
     """The two sides of the rewrite of a graph with markers, which stays as it is."""
-    before = copy_graph_module(marked)
-    normalize_graph(before.graph)
     after, _ = lower_marked(marked)
-    return Pair(tuple(assign(before)), after)
+    return Pair(tuple(assign(prepare(marked))), after)
 
 
 def readable_code(gm: fx.GraphModule) -> str:
-    """The graph as Python code: parameters named by their paths, a comment wherever the module changes, mixes remarked."""
+    """The graph as Python code: parameters under their paths, a comment where the module changes, mixes remarked."""
     nodes = {node.name: node for node in gm.graph.nodes}
     names = _short_names(gm)
     inputs = [names.get(node.name, node.name) for node in nodes.values() if node.op == "placeholder"]
@@ -75,7 +73,7 @@ def _short_names(gm: fx.GraphModule) -> dict[str, str]:
             continue
         stem = _STATE.sub(r"_\1", node.name)
         name = stem.replace("_dict_attnres_", "_attnres_").split("_modules_", 1)[-1].replace("_modules_", "_")
-        name = name.removeprefix("l_model_").removeprefix("l_call_").strip("_")
+        name = re.sub(r"^l_(model|call|kwargs)_", "", name).strip("_")
         if name.isidentifier() and name not in short.values() and name not in {n.name for n in gm.graph.nodes}:
             short[node.name] = name
     return short
@@ -117,7 +115,8 @@ def _before(assignment: Assignment) -> list[str]:
         branch, value, previous = f"{key}.f{position}", f"{key}.v{position}", f"{key}.v{position - 1}"
         lines += [_node(branch, branch_label(layer, position)), _node(value, f"+  {layer.node.name}", "orange"),
                   _edge(previous, branch), _edge(branch, value), _edge(previous, value, "color=orange, penwidth=2")]
-    lines += [_node(f"{key}.out", "output of the stream", "lightgray"), _edge(f"{key}.v{plan.num_layers}", f"{key}.out")]
+    lines += [_node(f"{key}.out", "output of the stream", "lightgray"),
+              _edge(f"{key}.v{plan.num_layers}", f"{key}.out")]
     return lines
 
 
@@ -125,13 +124,13 @@ def _after(assignment: Assignment, gm: fx.GraphModule) -> list[str]:
     """Drawn from the mixes that stand in the rewritten graph, so that the picture shows what runs."""
     plan, key = assignment.plan, f"after.{assignment.plan.name}"
     mixes = mixes_of(gm, plan)
-    label = {position: name for position, name in _source_names(plan)}
+    label = _source_names(plan)
     lines = [_node(f"{key}.s0", f"{plan.name}: b_0, the embedding", "lightblue")]
     made: dict[fx.Node, str] = {}
     reader = f"{key}.s0"  # position 0 has one source, and no mix
     for position, (layer, mixed) in enumerate(zip(assignment.stream.layers, mixes), start=1):
         branch, value, mix = f"{key}.f{position}", f"{key}.s{position}", f"{key}.m{position}"
-        sources = list(argument(mixed, 0, "sources"))
+        sources = [_unmoved(source) for source in argument(mixed, 0, "sources")]
         made.setdefault(sources[0], f"{key}.s0")
         lines += [_node(branch, branch_label(layer, position)), _node(value, label[position], "lightyellow"),
                   _edge(reader, branch), _edge(branch, value)]
@@ -144,17 +143,26 @@ def _after(assignment: Assignment, gm: fx.GraphModule) -> list[str]:
     return [*lines, _node(f"{key}.out", "output of the stream", "lightgray"), _edge(reader, f"{key}.out")]
 
 
+def _unmoved(source: fx.Node) -> fx.Node:
+    """A source before its features were moved last for the mix."""
+    while op_name(source) == "movedim" and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+    return source
+
+
 def mixes_of(gm: fx.GraphModule, plan: StreamPlan) -> list[fx.Node]:
     """The mixes of one stream in a rewritten graph, position 1 first."""
-    found = [node for node in gm.graph.nodes if is_mix(node) and node.meta.get("attnres", {}).get("stream") == plan.name]
+    found = [node for node in gm.graph.nodes
+             if is_mix(node) and node.meta.get("attnres", {}).get("stream") == plan.name]
     return sorted(found, key=lambda node: node.meta["attnres"]["position"])
 
 
-def _source_names(plan: StreamPlan) -> list[tuple[int, str]]:
-    names, start = [], 0
+def _source_names(plan: StreamPlan) -> dict[int, str]:
+    """What the newest source at each position is: a complete block or a partial sum."""
+    names, start = {}, 0
     for block, end in enumerate(plan.boundaries, start=1):
-        names += [(position, f"partial sum of block {block}") for position in range(start + 1, end)]
-        names.append((end, f"b_{block}, layers {start + 1}-{end}" if end > start + 1 else f"b_{block}, layer {end}"))
+        names.update(dict.fromkeys(range(start + 1, end), f"partial sum of block {block}"))
+        names[end] = f"b_{block}, layers {start + 1}-{end}" if end > start + 1 else f"b_{block}, layer {end}"
         start = end
     return names
 

@@ -38,6 +38,8 @@ from attnres_fx.runtime.errors import AlreadyConvertedError, CheckpointFileError
 from attnres_fx.runtime.parameters import AttnRes
 
 PREFIX = "attnres."
+_PLAN_FIELDS = {"name": str, "owner": str, "num_layers": int, "width": int, "boundaries": list, "sites": list,
+                "eps": float, "mix_scale": str, "key_gain": bool}
 
 
 def save(model: nn.Module, path: Any, *, overwrite: bool = False) -> None:
@@ -76,8 +78,8 @@ def load(
     """The converted model that :func:`save`, ``save_pretrained`` or ``attnres transform`` wrote to ``path``.
 
     Args:
-        path: a directory with ``attnres.json``; or a ``.pt2`` file, of which the program's module is returned (only open
-            files that you trust: programs of ``torch.export`` may hold pickles; directories never do).
+        path: a directory with ``attnres.json``; or a ``.pt2`` file, of which the program's module is returned (open
+            only files that you trust: programs of ``torch.export`` may hold pickles; directories never do).
         model: the plain model to fill and convert, or a callable without arguments that builds it. A Hugging Face
             directory needs none; there it may be the class, for one that transformers does not have.
         device: where to put the model; the CPU if None.
@@ -97,14 +99,14 @@ def load(
     dtype = getattr(torch, description["param_dtype"])
     made = _plain_model(location, description, model, kwargs)
     if isinstance(getattr(made, "attnres", None), AttnRes) or is_converted_class(type(made)):
-        raise AlreadyConvertedError("the model to fill is converted already", remedy="pass the plain model; load converts it")
+        raise AlreadyConvertedError("the model to fill is converted already", remedy="pass the plain model")
     check_parameters(plans, parameters, dtype, location / PARAMETER_FILE)
     for plan in plans:
         try:
             made.get_submodule(plan.owner)
         except AttributeError:
-            raise CheckpointFileError(f"'{location / PLAN_FILE}' converts the module '{plan.owner}', which the model does not "
-                                      "have", remedy="build the model that was saved") from None
+            raise CheckpointFileError(f"'{location / PLAN_FILE}' converts '{plan.owner}', which is not there",
+                                      remedy="build the model that was saved") from None
     if not (location / CONFIG_FILE).is_file() or isinstance(model, nn.Module) or _is_factory(model):
         fill(made, read_weights(location), description.get("aliases", {}), location)
     attach(made, plans, dtype)
@@ -116,7 +118,7 @@ def load(
 
 
 def _plain_model(
-    location: Path, description: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None, kwargs: dict[str, Any]
+    location: Path, description: Mapping[str, Any], model: Any, kwargs: dict[str, Any]
 ) -> nn.Module:
     """The plain model, filled already if transformers builds it."""
     from attnres_fx.pretrained import build_plain
@@ -131,10 +133,11 @@ def _plain_model(
         return build_plain(location, **kwargs)
     else:
         raise CheckpointFileError(
-            f"'{location}' holds the weights of a model of your own ({description.get('model_class', 'unknown class')}) "
+            f"'{location}' holds the weights of a model of your own ({description.get('model_class', 'no class')}) "
             "and not its code", remedy="pass the plain model, or a function that builds it: load(path, model=...)")
     if not isinstance(made, nn.Module):
-        raise OptionError(f"model= gave a {type(made).__name__} and no nn.Module", remedy="pass the plain model or a function")
+        raise OptionError(f"model= gave a {type(made).__name__} and no nn.Module",
+                          remedy="pass the plain model, or a function that builds it")
     if kwargs:
         raise OptionError(f"unknown option {next(iter(kwargs))!r}",
                           remedy="options for from_pretrained need a Hugging Face directory, read without model=")
@@ -147,7 +150,8 @@ def _is_factory(model: Any) -> bool:
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether ``model`` is a model of Hugging Face transformers (which is not imported to find out)."""
-    return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
+    return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
+               for cls in type(model).__mro__)
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -215,7 +219,7 @@ def read_plans(directory: Path) -> tuple[dict[str, Any], list[StreamPlan]]:
 def check_description(content: dict[str, Any], name: str) -> tuple[dict[str, Any], list[StreamPlan]]:
     """Check the content of an ``attnres.json``; ``name`` is for the message."""
     if content.get("format") != FORMAT:
-        raise CheckpointFileError(f"'{name}' has format {content.get('format')!r}; this version of attnres_fx reads {FORMAT}",
+        raise CheckpointFileError(f"'{name}' has format {content.get('format')!r}; this attnres_fx reads {FORMAT}",
                                   remedy="read it with the version that wrote it (its field 'attnres_fx')")
     streams, dtype = content.get("streams"), content.get("param_dtype")
     if not isinstance(streams, list) or not streams or not all(isinstance(stream, dict) for stream in streams):
@@ -224,10 +228,14 @@ def check_description(content: dict[str, Any], name: str) -> tuple[dict[str, Any
         raise CheckpointFileError(f"'{name}' has an unknown param_dtype {dtype!r}")
     if not isinstance(content.get("aliases", {}), dict):
         raise CheckpointFileError(f"'{name}' has aliases that are no object")
+    for stream in streams:
+        for field, kind in _PLAN_FIELDS.items():
+            if not isinstance(stream.get(field), kind):
+                raise CheckpointFileError(f"'{name}' has a stream whose '{field}' is missing or of a wrong type")
     try:
         return content, [StreamPlan.from_dict(stream) for stream in streams]
-    except CheckpointFileError as error:
-        raise CheckpointFileError(f"'{name}': {error}") from error
+    except (CheckpointFileError, IndexError) as error:
+        raise CheckpointFileError(f"'{name}' has a stream that cannot be read: {error}") from error
 
 
 def check_parameters(
@@ -238,7 +246,8 @@ def check_parameters(
                 for plan in plans for part in ("query", *(("key_gain",) if plan.key_gain else ()))}
     for key, shape in expected.items():
         if key not in parameters:
-            raise CheckpointFileError(f"'{path}' lacks '{key}'", remedy=f"{PLAN_FILE} and {PARAMETER_FILE} must belong together")
+            raise CheckpointFileError(f"'{path}' lacks '{key}'",
+                                      remedy=f"{PLAN_FILE} and {PARAMETER_FILE} must belong together")
         _check_like(parameters[key], shape, dtype, key, path, f"{PLAN_FILE} says")
     extra = sorted(set(parameters) - set(expected))
     if extra:
@@ -269,13 +278,13 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping
             content[kept] = content[alias]
     missing, extra = [key for key in state if key not in content], [key for key in content if key not in state]
     if missing or extra:
-        what = f"lacks '{missing[0]}', which the model has" if missing else f"holds '{extra[0]}', which the model has not"
+        what = f"lacks the model's '{missing[0]}'" if missing else f"holds '{extra[0]}', which the model has not"
         raise CheckpointFileError(f"'{path}' {what}", remedy="build the model that was saved")
     for key, value in content.items():
         _check_like(value, tuple(state[key].shape), state[key].dtype, key, path, "the model has")
     for alias, kept in own_aliases.items():
         if not torch.equal(content[alias], content[kept]):
-            raise CheckpointFileError(f"'{path}' has different values for '{alias}' and '{kept}', which are tied in the model",
+            raise CheckpointFileError(f"'{path}' has two values for '{alias}' and '{kept}', which the model ties",
                                       remedy="build the model without the tie, as it was saved")
     with torch.no_grad():
         for key, value in content.items():

@@ -1,10 +1,10 @@
 """Checkpoints of Hugging Face transformers: write those of converted models, and build models from directories.
 
 ``save_pretrained`` of a converted model writes the ordinary checkpoint, and beside it ``attnres.json`` and
-``attnres.safetensors``. Two things keep such a directory from being read as the plain model that it is not. The setting
-``transformers_weights`` of its config.json, by which a checkpoint names its weight file, holds a sentence that says what
-to do; ``from_pretrained`` of every class refuses it with that sentence. And the weights always come as shards with an
-index, which lists the new parameters too: ``Trainer`` can then resume from the directory with nothing missing.
+``attnres.safetensors``. Two things keep such a directory from being read as the plain model that it is not. In its
+config.json ``transformers_weights``, by which a checkpoint names its weight file, is a sentence that says what to do;
+``from_pretrained`` of every class refuses it with that sentence. And the weights always come as shards with an index,
+which lists the new parameters too: ``Trainer`` can then resume from the directory with nothing missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from attnres_fx.files import (
 from attnres_fx.runtime.errors import AttnResError, CheckpointFileError, OptionError
 
 GUARD_KEY = "transformers_weights"
-GUARD = "this directory holds an Attention-Residuals model and not the plain one, load it with attnres_fx.load(directory)"
+GUARD = "this directory holds an Attention-Residuals model, not the plain one; load it with attnres_fx.load(directory)"
 PREFIX = "attnres."
 
 
@@ -49,8 +49,8 @@ def save_converted(
 ) -> None:
     """``save_pretrained`` of a converted model, with the signature of transformers.
 
-    The files are made in a directory beside and moved in when all are there, config.json first, so that the directory is
-    at no time one that reads as the plain model.
+    The files are made in a directory within and moved when all are there, config.json first, so that the directory at
+    no time reads as the plain model.
 
     Raises: OptionError for what a converted model cannot do (pushing to the hub, adapters, distributed checkpoints).
     """
@@ -130,7 +130,7 @@ def _index(directory: Path, ours: list[str]) -> None:
         shard = single.with_name(f"model{variant}-00001-of-00001.safetensors")
         single.rename(shard)
         with safe_open(shard, "pt") as opened:
-            weight_map = {key: shard.name for key in opened.keys()}
+            weight_map = dict.fromkeys(opened.keys(), shard.name)
     weight_map.update(dict.fromkeys(ours, PARAMETER_FILE))
     # A sentence where from_pretrained wants a dictionary: it then fails for those who bring a config of their own, too.
     path.write_text(json_text({"metadata": GUARD, "weight_map": dict(sorted(weight_map.items()))}), encoding="utf-8")
@@ -157,7 +157,8 @@ def class_of(directory: Path) -> type[nn.Module]:
                                   remedy="give a Hugging Face checkpoint directory, a .pt2 file, or module:factory")
     names = read_json(path).get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointFileError(f"'{path}' names no architecture", remedy="add the model's class as \"architectures\"")
+        raise CheckpointFileError(f"'{path}' names no architecture",
+                                  remedy="add the name of the model's class as \"architectures\"")
     try:
         import transformers
     except ImportError as error:
@@ -166,8 +167,8 @@ def class_of(directory: Path) -> type[nn.Module]:
     found = getattr(transformers, names[0], None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointFileError(
-            f"'{path}' names the architecture '{names[0]}', which transformers {transformers.__version__} does not have",
-            remedy="build the model yourself: attnres_fx.load(directory, model=...), or module:factory on the command line")
+            f"'{path}' names the architecture '{names[0]}', unknown to transformers {transformers.__version__}",
+            remedy="build the model yourself: load(directory, model=...), or module:factory on the command line")
     return found
 
 
@@ -183,12 +184,17 @@ def build_plain(directory: Path, cls: type[nn.Module] | None = None, **kwargs: A
     try:
         config = cls.config_class.from_dict(content)  # type: ignore[attr-defined]
         model, info = cls.from_pretrained(  # type: ignore[attr-defined]
-            None, config=config, state_dict=tensors, output_loading_info=True, **kwargs)
+            None, config=config, state_dict=tensors, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True})
     except AttnResError:
         raise
     except Exception as error:  # transformers raises everything from KeyError to its own classes on a wrong config
-        raise CheckpointFileError(f"'{directory}' cannot be loaded as {cls.__name__}: {_told(error)}",
+        raise CheckpointFileError(f"'{directory}' cannot be loaded as {cls.__name__}: {first_line(error)}",
                                   remedy=f"{CONFIG_FILE} and the weights must belong together") from error
+    mismatched = sorted(info["mismatched_keys"])  # asked for, since transformers says by itself only that there are some
+    if mismatched:
+        key, found, wanted = mismatched[0]
+        raise CheckpointFileError(f"'{key}' in '{directory}' has shape {list(found)}; {CONFIG_FILE} asks for {list(wanted)}",
+                                  remedy=f"{CONFIG_FILE} and the weights must belong together")
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointFileError(f"the weights in '{directory}' lack {len(missing)} keys of {cls.__name__}, the first "
@@ -199,17 +205,11 @@ def build_plain(directory: Path, cls: type[nn.Module] | None = None, **kwargs: A
 
         with contextlib.suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return model  # type: ignore[no-any-return]
-
-
-def _told(error: Exception) -> str:
-    """The telling line of an error of transformers: its reports begin with colour codes and tables."""
-    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
-    return first_line(type(error)(text)) if text.strip() else type(error).__name__
+    return model
 
 
 def write_beside(source: Path, out: Path, model: nn.Module, *, overwrite: bool = False) -> None:
-    """Write a copy of the checkpoint ``source`` to ``out``, byte for byte, with the two files of the converted ``model``."""
+    """Write to ``out`` a byte-true copy of the checkpoint ``source`` and the two files of the converted ``model``."""
     from attnres_fx.persistence import describe, tensors_of
 
     ours = {key: value for key, value in tensors_of(model).items() if key.startswith(PREFIX)}

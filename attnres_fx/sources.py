@@ -1,7 +1,7 @@
 """Sources: turn what a user names on the command line into a model and example inputs.
 
-A source is a Hugging Face checkpoint directory, a ``.pt2`` program of ``torch.export``, or ``package.module:factory`` (or
-``path/to/file.py:factory``), where ``factory()`` returns a model, ``(model, args)`` or ``(model, args, kwargs)``.
+A source is a Hugging Face checkpoint directory, a ``.pt2`` program of ``torch.export``, or ``package.module:factory``
+(or ``path/to/file.py:factory``), where ``factory()`` returns a model, ``(model, args)`` or ``(model, args, kwargs)``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import torch
 from torch import nn
 
 from attnres_fx.exported import Program, open_program
-from attnres_fx.files import CONFIG_FILE, PLAN_FILE, first_line
+from attnres_fx.files import CONFIG_FILE, PICKLE_SUFFIXES, PLAN_FILE, first_line
 from attnres_fx.persistence import is_pretrained, load
 from attnres_fx.pretrained import build_plain
 from attnres_fx.runtime.errors import AttnResError, CheckpointFileError, OptionError
 from attnres_fx.runtime.parameters import AttnRes
 
 TOKENS = 16
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
 class Source(NamedTuple):
@@ -69,7 +68,7 @@ def _open_directory(path: Path) -> Source:
     if (path / PLAN_FILE).is_file():
         if not (path / CONFIG_FILE).is_file():
             raise CheckpointFileError(f"'{path}' holds the weights of a model of your own and not its code",
-                                      remedy="give module:factory, with a factory that returns attnres_fx.load(path, model=...)")
+                                      remedy="give module:factory, whose factory returns load(path, model=...)")
         model = load(path)
     else:
         model = build_plain(path)
@@ -79,16 +78,16 @@ def _open_directory(path: Path) -> Source:
 def _explain_file(path: Path) -> AttnResError:
     """Why a file that is no ``.pt2`` is no source."""
     head = path.open("rb").read(4)
-    if zipfile.is_zipfile(path) or head[:1] == b"\x80" or path.suffix in _PICKLES:
+    if zipfile.is_zipfile(path) or head[:1] == b"\x80" or path.suffix in PICKLE_SUFFIXES:
         what = "a pickled state_dict without its model" if _holds_tensors_alone(path) else "a pickled model"
         return CheckpointFileError(
-            f"'{path}' looks like {what}, which is not opened, since unpickling runs code and a state_dict has no forward",
+            f"'{path}' looks like {what}, which is not opened: unpickling runs code, and a state_dict has no forward",
             remedy="build the model in a factory and give module:factory, or save the model with safetensors "
                    "(save_pretrained) or torch.export.save")
     if path.suffix == ".safetensors":
         return CheckpointFileError(f"'{path}' is a bare state_dict, which has no forward",
-                                   remedy=f"give the directory with its {CONFIG_FILE}, or build the model in a factory and "
-                                          "give module:factory")
+                                   remedy=f"give the directory with its {CONFIG_FILE}, or build the model in a factory "
+                                          "and give module:factory")
     return CheckpointFileError(f"'{path}' is no model that attnres_fx reads",
                                remedy="give a Hugging Face checkpoint directory, a .pt2 file, or module:factory")
 
@@ -114,7 +113,8 @@ def _open_factory(module: str, factory: str) -> Source:
     made: Any = _import(module)
     for part in factory.split("."):
         if not hasattr(made, part):
-            raise CheckpointFileError(f"'{module}' has no '{factory}'", remedy="give the name of a function that builds the model")
+            raise CheckpointFileError(f"'{module}' has no '{factory}'",
+                                      remedy="give the name of a function that builds the model")
         made = getattr(made, part)
     if not callable(made) or isinstance(made, nn.Module):
         raise CheckpointFileError(f"'{name}' is a {type(made).__name__} and no function",
@@ -130,7 +130,7 @@ def _open_factory(module: str, factory: str) -> Source:
         if is_pretrained(model):
             kwargs = example_inputs(model)
         elif _needs_arguments(model):
-            raise CheckpointFileError(f"the factory '{name}' returned a model without example inputs, and its forward needs some",
+            raise CheckpointFileError(f"the factory '{name}' returned a model alone, and its forward needs inputs",
                                       remedy="return (model, args) or (model, args, kwargs)")
     return Source(model, args, kwargs, "factory")
 
@@ -162,7 +162,8 @@ def _import(module: str) -> Any:
                                       remedy="run where it can be imported, or give path/to/file.py:factory") from error
         raise CheckpointFileError(f"'{module}' cannot be imported: {first_line(error)}") from error
     except Exception as error:  # the user's module may raise anything
-        raise CheckpointFileError(f"'{module}' cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointFileError(f"'{module}' cannot be imported: {what}") from error
 
 
 def _unpack(result: Any, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -214,7 +215,7 @@ def _token_ids(config: Any, generator: torch.Generator) -> torch.Tensor:
     text = config.get_text_config(decoder=True)
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
     length = min([TOKENS, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
-    vocabulary = int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", 2))
+    vocabulary: Any = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", 2)
     special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     usable = [token for token in range(min(vocabulary, 4096)) if token not in special] or [0]
     picked = torch.randint(len(usable), (2, length), generator=generator)
@@ -227,11 +228,12 @@ def _feature_shape(config: Any, name: str) -> tuple[int, ...]:
         size = getattr(vision, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
         return 2, int(getattr(vision, "num_channels", 3)), int(height), int(width)
-    mels = getattr(config, "num_mel_bins", None)
+    mels: Any = getattr(config, "num_mel_bins", None)
     if name == "input_features":
         if mels is not None and hasattr(config, "max_source_positions"):
             return 2, int(mels), 2 * int(config.max_source_positions)
-        return 2, 4 * TOKENS, int(getattr(config, "feature_projection_input_dim", None) or mels or 80)
+        features: int = getattr(config, "feature_projection_input_dim", mels or 80)
+        return 2, 4 * TOKENS, features
     if mels is not None and hasattr(config, "max_length"):
         return 2, int(config.max_length), int(mels)
     return 2, 4000

@@ -121,7 +121,8 @@ def _gpt2() -> Built:
 
 
 def _gpt_neox() -> Built:
-    return hugging_face("GPTNeoXForCausalLM", **{**_DECODER, "num_hidden_layers": 4}, intermediate_size=64), (token_ids(),), {"use_cache": False}
+    model = hugging_face("GPTNeoXForCausalLM", **{**_DECODER, "num_hidden_layers": 4}, intermediate_size=64)
+    return model, (token_ids(),), {"use_cache": False}
 
 
 def _t5() -> Built:
@@ -144,7 +145,8 @@ def _mixtral() -> Built:
 
 
 def _mamba2() -> Built:
-    settings = {key: value for key, value in _DECODER.items() if key not in {"num_attention_heads", "max_position_embeddings"}}
+    attention = {"num_attention_heads", "max_position_embeddings"}
+    settings = {key: value for key, value in _DECODER.items() if key not in attention}
     model = hugging_face("Mamba2ForCausalLM", **settings, num_heads=8, head_dim=8, expand=2, state_size=8, n_groups=1,
                          chunk_size=8)
     return model, (token_ids(),), {"use_cache": False}

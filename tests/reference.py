@@ -161,7 +161,8 @@ def nanogpt_layers(model: Any) -> list[LayerFunction]:
     return layers
 
 
-def nanogpt(model: Any, ids: Tensor, query: Tensor, gain: Tensor | None, boundaries: Sequence[int], **options: Any) -> Tensor:
+def nanogpt(model: Any, ids: Tensor, query: Tensor, gain: Tensor | None, boundaries: Sequence[int],
+            **options: Any) -> Tensor:
     """The logits of a :class:`NanoGPT`'s modules run as an Attention-Residuals network."""
     mixes = attention_residuals(model.embed(ids), nanogpt_layers(model), query, gain, boundaries, **options)
     return model.head(model.ln_f(mixes[-1]))
@@ -183,6 +184,7 @@ def llama_mixes(model: Any, ids: Tensor, query: Tensor, gain: Tensor | None, bou
     return attention_residuals(embedding, layers, query, gain, boundaries, **options)
 
 
-def llama(model: Any, ids: Tensor, query: Tensor, gain: Tensor | None, boundaries: Sequence[int], **options: Any) -> Tensor:
+def llama(model: Any, ids: Tensor, query: Tensor, gain: Tensor | None, boundaries: Sequence[int],
+          **options: Any) -> Tensor:
     """The logits of a Hugging Face Llama's modules run as an Attention-Residuals network."""
     return model.lm_head(model.model.norm(llama_mixes(model, ids, query, gain, boundaries, **options)[-1]))
