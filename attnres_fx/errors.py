@@ -27,6 +27,7 @@ from attnres_fx.runtime.errors import (
     SplitStreamError,
     StreamOperationError,
     StreamRefusedError,
+    TracingError,
 )
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "SplitStreamError",
     "StreamOperationError",
     "StreamRefusedError",
+    "TracingError",
 ]

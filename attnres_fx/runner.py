@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import compile_whole, inner_error, is_graph_break, is_recompile_limit, run_aot_eager
-from attnres_fx.passes.capture import graph_break_error
+from attnres_fx.passes._compat import compile_whole, inner_error, is_recompile_limit, run_aot_eager
+from attnres_fx.passes.capture import translate
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
 from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, SitesChangedError
@@ -75,9 +75,10 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
             raise SitesChangedError(
                 "the converted model was retraced too often, for ever new kinds of inputs or module states",
                 remedy="call it with fewer kinds of inputs, or raise torch._dynamo.config.recompile_limit") from error
-        if is_graph_break(error):
-            raise graph_break_error(error) from error
-        raise
+        translated = translate(error)
+        if translated is error:
+            raise
+        raise translated from error
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,20 +25,21 @@ from attnres_fx.runtime.mix import depth_weights as weights_of
 # Largest relative deviation that rounding explains, by the dtype of the model. Models round inside (Hugging Face norms
 # go through float32), so that float64 does not give 1e-15.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# What norm eps can make of a zero-query mix under "paper", where activations are small.
-_EPS_EFFECT = 1e-2
 
 
 class Verification(float):
     """The relative deviation from the plain network at zero queries, with what else was checked.
 
-    ``zero_query`` is the number itself; ``random_query`` the relative deviation from the definition (Eq. 5-6 re-summed
-    from the recorded layer outputs) with random queries and gains, which a wrong block boundary, swapped rows or a lost
-    gain would raise. ``tolerance`` is the largest deviation that rounding explains; ``exact_start`` whether zero queries should
-    reproduce the plain network; ``passed`` the verdict.
+    ``zero_query`` is the number itself; ``zero_query_sum`` the same with every mix multiplied by its number of sources,
+    which must vanish but for rounding (under "paper" norms see the stream divided by that, and their eps weighs more).
+    ``random_query`` is the relative deviation from the definition (Eq. 5-6 re-summed from the recorded layer outputs) with
+    random queries and gains, which a wrong block boundary, swapped rows or a lost gain would raise. ``tolerance`` is the
+    largest deviation that rounding explains; ``exact_start`` says whether zero queries should reproduce the plain network;
+    ``passed`` is the verdict.
     """
 
     zero_query: float
+    zero_query_sum: float
     random_query: float
     tolerance: float
     exact_start: bool
@@ -46,21 +47,18 @@ class Verification(float):
     notes: tuple[str, ...]
 
     @staticmethod
-    def of(
-        zero: float, random: float, tolerance: float, paper: bool, preserving: bool, notes: Sequence[str]
-    ) -> Verification:
-        """Weigh the two deviations."""
+    def of(zero: float, zero_sum: float, random: float, tolerance: float, exact: bool, notes: Sequence[str]) -> Verification:
+        """Weigh the deviations."""
         result = Verification(zero)
-        result.zero_query, result.random_query, result.tolerance = zero, random, tolerance
-        result.exact_start = preserving or not paper
-        allowed = max(tolerance, _EPS_EFFECT) if paper else tolerance
-        result.passed = random <= tolerance and (zero <= allowed or not result.exact_start)
-        result.notes = tuple(notes)
+        result.zero_query, result.zero_query_sum, result.random_query = zero, zero_sum, random
+        result.tolerance, result.exact_start, result.notes = tolerance, exact, tuple(notes)
+        result.passed = random <= tolerance and zero_sum <= tolerance
         return result
 
     def __str__(self) -> str:
         lines = [
-            f"zero queries, against the plain network: relative deviation {self.zero_query:.1e}",
+            f"zero queries, against the plain network: relative deviation {self.zero_query:.1e}"
+            + ("" if self.zero_query == self.zero_query_sum else f" ({self.zero_query_sum:.1e} as sums)"),
             f"random queries and gains, against Eq. 5-6 by definition: relative deviation {self.random_query:.1e} "
             f"(rounding explains up to {self.tolerance:.0e})",
             *self.notes,
@@ -132,16 +130,28 @@ def verify(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = 
             at_zero[assignment.key_gain.name] = torch.ones_like(gain)
             at_random[assignment.key_gain.name] = 1 + 0.3 * _normal(gain, generator)
 
-    zero = deviation(traced.run(rewritten, at_zero, seed), traced.run(plain, {}, seed))
+    expected = traced.run(plain, {}, seed)
+    zero = zero_sum = deviation(traced.run(rewritten, at_zero, seed), expected)
+    paper = any(plan.mix_scale == "paper" for plan in plans)
+    if paper:
+        zero_sum = deviation(traced.run(lower_marked(_as_sums(gm))[0], at_zero, seed), expected)
     parameters = [(a.stream, a.plan, at_random[a.query.name],
                    None if a.key_gain is None else at_random[a.key_gain.name]) for a in assignments]
     oracle = OracleInterpreter(_without_markers(marked, erase_in_place=True), parameters)
     random = deviation(traced.run(rewritten, at_random, seed), traced.interpret(oracle, at_random, seed))
-    paper = any(plan.mix_scale == "paper" for plan in plans)
     streams = [assignment.stream for assignment in assignments]
     tolerance = max(_ROUNDING.get(dtype, 1e-4) for dtype in _dtypes(model))
-    return Verification.of(zero, random, tolerance, paper, all(s.function_preserving for s in streams),
-                           _notes(paper, streams))
+    exact = not paper or all(stream.function_preserving for stream in streams)
+    return Verification.of(zero, zero_sum, random, tolerance, exact, _notes(paper, streams))
+
+
+def _as_sums(gm: fx.GraphModule) -> fx.GraphModule:
+    """The marked graph with every plan under ``mix_scale="sum"``."""
+    gm = copy_graph_module(gm)
+    for marker in markers_of(gm):
+        query, key_gain, text = marker.args
+        marker.args = (query, key_gain, replace(StreamPlan.from_json(str(text)), mix_scale="sum").to_json())
+    return gm
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:

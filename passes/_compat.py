@@ -85,7 +85,14 @@ def is_graph_break(error: BaseException) -> bool:
     """Whether Dynamo refused to capture the whole graph (``fullgraph=True``)."""
     from torch._dynamo import exc
 
-    return isinstance(error, (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.InternalTorchDynamoError))
+    return isinstance(error, (exc.Unsupported, exc.UserError, exc.InternalTorchDynamoError))
+
+
+def is_model_failure(error: BaseException) -> bool:
+    """Whether an operation of the model itself failed on the traced inputs."""
+    from torch._dynamo import exc
+
+    return isinstance(error, (exc.TorchRuntimeError, exc.ObservedException))
 
 
 def is_recompile_limit(error: BaseException) -> bool:

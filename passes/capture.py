@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from attnres_fx.passes._compat import compile_whole, inner_error, is_graph_break, quiet_dynamo
+from attnres_fx.passes._compat import compile_whole, inner_error, is_graph_break, is_model_failure, quiet_dynamo
 from attnres_fx.passes.graph import copy_graph_module
-from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place
+from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
 
 
 class _Captured(Exception):
@@ -30,7 +30,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     The model is not run, its state is untouched, and no compiled code is kept.
 
-    Raises: GraphBreakError if the model cannot be captured as one graph, with the place and Dynamo's reason.
+    Raises: GraphBreakError if the model cannot be captured as one graph, with the place and Dynamo's reason; TracingError
+    if the model fails on these inputs.
     """
 
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
@@ -45,9 +46,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             return inner.gm, inner.inputs
         if isinstance(inner, AttnResError):
             raise inner from None
-        if is_graph_break(error):
-            raise graph_break_error(error) from error
-        raise
+        raise translate(error) from error
     raise GraphBreakError(
         "nothing was traced: the model ran without a graph",
         remedy="check that torch.compile is not disabled (TORCHDYNAMO_DISABLE, torch.compiler.disable, set_stance)",
@@ -57,17 +56,22 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 _USER_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 
 
-def graph_break_error(error: BaseException) -> GraphBreakError:
-    """Dynamo's refusal to capture one graph, as one sentence with the user's source line."""
+def translate(error: Exception) -> Exception:
+    """Dynamo's refusal in our own words with the user's source line; any other exception as it is."""
+    if not is_graph_break(error) and not is_model_failure(error):
+        return error
     text = str(error)
     frames = _USER_FRAME.findall(text.split("from user code:")[-1]) if "from user code:" in text else []
     place = Place(source=f"{frames[-1][0]}:{frames[-1][1]}") if frames else None
     lines = [line.strip() for line in text.split("from user code:")[0].splitlines() if line.strip()]
-    explanation = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")), "")
     reason = lines[0] if lines else type(error).__name__
+    if is_model_failure(error):
+        return TracingError(f"the model fails on these inputs while it is traced: {reason}", place=place,
+                            remedy="check that the model runs on them eagerly: shapes, dtypes and devices")
+    said = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")), "")
     return GraphBreakError(
         f"a graph break cuts the model, so that no stream can be followed through it: {reason}"
-        + (f". {explanation}" if explanation else ""),
+        + (f". {said}" if said else ""),
         place=place,
         remedy="make the line traceable (fullgraph=True must hold), or move it out of the part that is converted",
     )

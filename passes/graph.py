@@ -100,7 +100,8 @@ def insert_call(
 ) -> fx.Node:
     """Add ``target(*args)`` at the graph's insert point with a traced value and the provenance of ``like``.
 
-    ``value`` is the traced value where the caller knows it; otherwise it is computed on the arguments' fake values. This is the one place where passes make nodes, so that none is ever left without a value or a module stack.
+    ``value`` is the traced value where the caller knows it; otherwise it is computed on the arguments' fake values.
+    This is the one place where passes make nodes, so that none is ever left without a value or a module stack.
     """
     kwargs = kwargs or {}
     node = graph.call_function(target, args, kwargs)

@@ -73,7 +73,7 @@ class StreamPlan:
             })
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointFileError(f"the plan of a stream cannot be read: {error}") from error
-        if plan.boundaries[-1] != plan.num_layers or len(plan.sites) != plan.num_layers:
+        if not plan.boundaries or plan.boundaries[-1] != plan.num_layers or len(plan.sites) != plan.num_layers:
             raise CheckpointFileError(f"the plan of stream '{plan.name}' contradicts itself: {plan.num_layers} layers, "
                                       f"{len(plan.sites)} sites, blocks closing at {list(plan.boundaries)}")
         if plan.mix_scale not in MIX_SCALES:

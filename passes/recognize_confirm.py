@@ -183,7 +183,8 @@ def _random_inputs(region: _Region, seed: int, magnitude: Tensor | float, zero_r
         for number, value in enumerate(rows.values()):
             if number in (0, len(rows) - 1):
                 value.reshape(-1, shape[-1])[number % max(1, math.prod(shape[:-1]))] = 0.0
-    vectors = [draw(*region.shape(node)) * 2.0 / shape[-1] ** 0.25 for node in proposal.vectors]
+    size = (2.0 / shape[-1] ** 0.5) ** (1 / len(proposal.vectors))
+    vectors = [draw(*region.shape(node)) * size for node in proposal.vectors]
     scalars = [draw(*region.shape(node)).abs() + 0.5 for node in proposal.scalars]
     return _Inputs(rows, vectors, scalars)
 
@@ -295,50 +296,53 @@ def _meanings(proposal: Proposal, region: _Region) -> Iterator[Meaning]:
     # The first positions are enough to find the numbers.
     few = _Inputs({row: value.reshape(-1, width)[:12] for row, value in inputs.rows.items()}, inputs.vectors, inputs.scalars)
     for query, gain, queries, transposed in _query_forms(proposal):
-        targets = _targets(proposal, values, shape, queries)
         scaled = bool(proposal.scalars)
-        for (index, axis, target), normalised in itertools.product(targets, (False, True)):
-            for eps in _epsilons(constants, width):
-                one = Meaning(index, query, gain, queries, transposed, axis, scaled, eps, 1.0, normalised)
-                for scale in _fitting_scales(proposal, few, one, target, constants):
-                    meaning = replace(one, logit_scale=scale)
-                    if _close_rows(target, _mixed(proposal, few, replace(meaning, query_axis=min(axis, 0)))):
-                        yield meaning
+        for (index, axis, target), normalised in itertools.product(_targets(proposal, values, shape, queries), (False, True)):
+            first = Meaning(index, query, gain, queries, transposed, axis, scaled, 0.0, 1.0, normalised)
+            for eps, scale in _fitting_numbers(proposal, few, first, target, constants):
+                meaning = replace(first, eps=eps, logit_scale=scale)
+                if _close_rows(target, _mixed(proposal, few, replace(meaning, query_axis=min(axis, 0)))):
+                    yield meaning
 
 
-def _fitting_scales(
+def _fitting_numbers(
     proposal: Proposal, inputs: _Inputs, meaning: Meaning, target: Tensor, constants: Sequence[float]
-) -> list[float]:
-    """The candidates for the logit scale that one position does not rule out.
+) -> Iterator[tuple[float, float]]:
+    """The candidates for (eps, logit scale) that one position does not rule out.
 
     The weights of that position follow from its value by linear algebra, and from them the scale. It only selects among
     the candidates; a position whose weights are no softmax of the scores selects none.
     """
-    rows = torch.stack([inputs.rows[row] for row in proposal.rows])
+    rows = torch.stack(list(inputs.rows.values()))
     count, positions, width = rows.shape
-    if count == 1:
-        return [1.0]
-    candidates = list(_scales(constants, width))
+    epsilons, scales = _epsilons(constants, width), list(_scales(constants, width))
     if count > width:
-        return candidates[:12]
+        yield from itertools.product(epsilons, scales[:12])
+        return
+    times = torch.tensor([proposal.rows.count(row) for row in inputs.rows], dtype=torch.float64)
     place = min(1, positions - 1)
     query, gain = _roles(proposal, inputs, meaning)
     query = query.reshape(-1, width)[0]
     here = rows[:, place]
-    keys = here * torch.rsqrt(here.square().mean(-1, keepdim=True) + meaning.eps)
-    keys = keys if gain is None else keys * gain
-    values = keys if meaning.normalize_values else here
     value = target.reshape(-1, positions, width)[0, place]
-    weights = torch.linalg.lstsq(values.t(), value.unsqueeze(-1)).solution.squeeze(-1)
-    if bool((weights < -1e-6).any()) or abs(float(weights.sum()) - 1) > 1e-5:
-        return []
-    seen = weights > 1e-7
-    logs, scores = weights[seen].log(), (keys @ query)[seen]
-    logs, scores = logs - logs.mean(), scores - scores.mean()
-    if float(scores.square().sum()) == 0:
-        return candidates[:1]
-    measured = float((logs * scores).sum() / scores.square().sum())
-    return [scale for scale in candidates if abs(scale - measured) <= 1e-4 * abs(measured)]
+    value = value if gain is None or not meaning.normalize_values else value / gain
+    parts = torch.linalg.lstsq(here.t(), value.unsqueeze(-1)).solution.squeeze(-1)
+    if float((parts @ here - value).abs().max()) > 1e-6 * float(value.abs().max()):
+        return
+    for eps in epsilons:
+        inverse = torch.rsqrt(here.square().mean(-1) + eps)
+        weights = parts / inverse if meaning.normalize_values else parts
+        if bool((weights < -1e-6).any()) or abs(float(weights.sum()) - 1) > 1e-5:
+            continue
+        keyed = query if gain is None else query * gain
+        seen = weights > 1e-7
+        logs, scores = (weights / times)[seen].log(), ((here @ keyed) * inverse)[seen]
+        logs, scores = logs - logs.mean(), scores - scores.mean()
+        if float(scores.square().sum()) == 0:
+            yield eps, scales[0]
+            continue
+        measured = float((logs * scores).sum() / scores.square().sum())
+        yield from ((eps, scale) for scale in scales if abs(scale - measured) <= 1e-4 * abs(measured))
 
 
 def _targets(
@@ -403,14 +407,14 @@ def _same(proposal: Proposal, region: _Region, meaning: Meaning, inputs: _Inputs
 def meaning_of(proposal: Proposal) -> Meaning | None:
     """The mix that ``proposal`` computes, confirmed, or None. Leaves no trace: no random state, no gradient, no mode."""
     with torch.utils._python_dispatch._disable_current_modes(), torch.enable_grad(), \
-            torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction():
         for sizes in _size_maps(proposal):
             try:
                 region = _Region(proposal, sizes)
                 with torch.no_grad():
                     fitting = list(itertools.islice(_meanings(proposal, region), 16))
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError):
-                import traceback; traceback.print_exc(); continue  # the region cannot be run at these sizes
+                continue  # the region cannot be run at these sizes
             for meaning in _earliest_first(fitting):
                 if _confirmed(proposal, region, meaning):
                     return meaning

@@ -135,8 +135,10 @@ class _Rewriter:
                 term = insert_call(self.graph, aten.to.dtype, (term, dtype), like=layer.node)
             self.partial = term
         else:
-            self.partial = insert_call(self.graph, aten.add.Tensor, (self.partial, term), like=layer.node,
-                                       value=self._known(layer.node, [self.partial, term]), record={"stream": self.plan.name, "role": "partial", "position": position})
+            record = {"stream": self.plan.name, "role": "partial", "position": position}
+            known = self._known(layer.node, [self.partial, term])
+            self.partial = insert_call(self.graph, aten.add.Tensor, (self.partial, term), like=layer.node, value=known,
+                                       record=record)
         if position in self.plan.boundaries:
             self.blocks.append(self.partial)
             self.partial = None
@@ -161,7 +163,8 @@ class _Rewriter:
             mixed = insert_call(self.graph, aten.movedim.int, (mixed, -1, last), like=original)
         for node in self.layout:
             args = (mixed, *node.args[1:])
-            with_source: dict[str, object] = {key: mixed if key in ("input", "self") else value for key, value in node.kwargs.items()}
+            with_source: dict[str, object] = {
+                key: mixed if key in ("input", "self") else value for key, value in node.kwargs.items()}
             mixed = _call_like(self.graph, node, args if node.args else (), with_source)
         if value_of(mixed).dtype != value_of(original).dtype:
             mixed = insert_call(self.graph, aten.to.dtype, (mixed, value_of(original).dtype), like=original)

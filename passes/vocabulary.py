@@ -32,7 +32,8 @@ CONTRACTIONS = frozenset({
     "Linear", "Conv1d", "Conv2d", "Conv3d", "Bilinear", "MultiheadAttention",
     "scaled_dot_product_attention", "multi_head_attention_forward", "_scaled_mm", "flex_attention", "lstm", "gru",
     "rnn_tanh", "flex_attention_hop", "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "_fft_c2c",
-    "_fft_r2c", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
+    "_fft_r2c", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d",
+    "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
 })
 
 NORMS = frozenset({

@@ -92,6 +92,10 @@ class GraphBreakError(AttnResError):
     """The tracer could not capture the model as one graph, so that a stream would be cut."""
 
 
+class TracingError(AttnResError):
+    """The model itself fails on the given inputs while it is traced."""
+
+
 class SplitStreamError(AttnResError):
     """A graph of a converted model holds only a part of its stream."""
 

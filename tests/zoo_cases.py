@@ -1,7 +1,7 @@
 """Real architectures with known answers: the table behind ``make test-zoo``.
 
-Every model is tiny, built from its configuration with random weights, and deterministic. Layers of each stream, norm placement
-and whether every reader is scale-invariant were read off the modelling code.
+Every model is tiny, built from its configuration with random weights, and deterministic. Layers of each stream, norm
+placement and whether every reader is scale-invariant were read off the modelling code.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def _x_transformers() -> Built:
     from x_transformers import Decoder, TransformerWrapper
 
     torch.manual_seed(0)
-    model = TransformerWrapper(num_tokens=96, max_seq_len=64, attn_layers=Decoder(dim=64, depth=3, heads=4, attn_dim_head=16))
+    layers = Decoder(dim=64, depth=3, heads=4, attn_dim_head=16)
+    model = TransformerWrapper(num_tokens=96, max_seq_len=64, attn_layers=layers)
     return models.randomize(model.eval()), (ids(),), {}
 
 

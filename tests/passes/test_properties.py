@@ -54,7 +54,8 @@ def queries(num_layers: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
 def rewritten(gm: fx.GraphModule, stream: Stream, boundaries: tuple[int, ...], mix_scale: str) -> fx.GraphModule:
     """``gm`` with two more inputs in front, the queries and the gains."""
     width = stream.width
-    plan = StreamPlan("stream", "", stream.num_layers, width, boundaries, relative_sites(stream, ""), 1e-6, mix_scale, True)
+    sites = relative_sites(stream, "")
+    plan = StreamPlan("stream", "", stream.num_layers, width, boundaries, sites, 1e-6, mix_scale, True)
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_before(first):
         query, gain = gm.graph.placeholder("query"), gm.graph.placeholder("gain")
@@ -64,7 +65,9 @@ def rewritten(gm: fx.GraphModule, stream: Stream, boundaries: tuple[int, ...], m
     return rewrite(gm, [Assignment(stream, plan, query, gain)])
 
 
-def by_definition(network: Network, ids: Tensor, query: Tensor, gain: Tensor, boundaries: Any, mix_scale: str) -> list[Tensor]:
+def by_definition(
+    network: Network, ids: Tensor, query: Tensor, gain: Tensor, boundaries: Any, mix_scale: str
+) -> list[Tensor]:
     layers = [lambda x, i=i: network.branch(i, x) for i in range(len(network.spec.layers))]
     mixes = reference.attention_residuals(network.embed(ids), layers, query, gain, boundaries, mix_scale=mix_scale)
     return network.finish(mixes[-1], mixes)
