@@ -81,9 +81,17 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         raise translated from error
 
 
+def converted_class(base: type[nn.Module], owns: bool, root: bool) -> type[nn.Module]:
+    """A subclass of ``base`` for an owner of streams (``owns``), for the root of a converted model, or for both.
+
+    The same arguments give the same class.
+    """
+    key: Any = base
+    return _generated_class(key, owns, root)
+
+
 @functools.cache
-def converted_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
-    """A subclass of ``base`` for an owner of streams (``owns``), for the root of a converted model, or for both."""
+def _generated_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
     namespace: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__,
                                  "__doc__": base.__doc__, "_attnres_base": base}
 

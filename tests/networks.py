@@ -1,7 +1,7 @@
 """Random residual networks with a known answer, for property tests.
 
-A :class:`Spec` is plain data that hypothesis draws; :class:`Network` builds it. Every layer knows its branch as a
-function of its input, so that the network can be run as an Attention-Residuals network by ``reference.attention_residuals`` alone.
+A :class:`Spec` is plain data that hypothesis draws; :class:`Network` builds it. Every layer knows its branch as a function
+of its input, so that the network can be run as an Attention-Residuals network by ``reference.attention_residuals`` alone.
 """
 
 from __future__ import annotations
