@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import compile_whole, inner_error, is_recompile_limit, run_aot_eager
+from attnres_fx.passes._compat import compile_whole, inner_error, install_output_capture, is_recompile_limit, run_aot_eager
 from attnres_fx.passes.capture import translate
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
@@ -65,6 +65,7 @@ def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    install_output_capture(module, kwargs)
     try:
         return _runner(module, base)(module, *args, **kwargs)
     except Exception as error:

@@ -5,7 +5,8 @@ Written against torch 2.13. A new torch release is supported when these tests pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -110,6 +111,19 @@ def graph_break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
     stack = getattr(reason, "user_stack", None) or []
     where = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
     return str(reason.reason), where
+
+
+def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Install the hooks behind ``output_hidden_states`` and its kin, if the call asks for them.
+
+    transformers installs them under a lock at the first such call, and Dynamo cannot trace a lock.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None or not any(name.startswith("output_") and value for name, value in kwargs.items()):
+        return
+    for module in model.modules():
+        if getattr(type(module), "_can_record_outputs", None):
+            capturing.maybe_install_capturing_hooks(module)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from attnres_fx.passes._compat import compile_whole, inner_error, is_graph_break, is_model_failure, quiet_dynamo
+from attnres_fx.passes._compat import compile_whole, inner_error, install_output_capture, is_graph_break, is_model_failure, quiet_dynamo
 from attnres_fx.passes.graph import copy_graph_module
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
 
@@ -37,6 +37,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         return model(*call_args, **call_kwargs)
 
+    install_output_capture(model, kwargs)
     try:
         with quiet_dynamo():
             compile_whole(call, _stop, dynamic=False)(*args, **kwargs)

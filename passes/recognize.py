@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnres_fx.passes.graph import finish, insert_call, module_path, source_line, value_of
+from attnres_fx.passes.graph import finish, insert_call, module_path, same_size, source_line, value_of
 from attnres_fx.passes.recognize_confirm import Meaning, meaning_of
 from attnres_fx.passes.recognize_structure import (
     Facts,
@@ -166,7 +166,7 @@ class _Rewriter:
         while len(output.users) == 1:
             user = next(iter(output.users))
             value, own = value_of(user), value_of(output)
-            if not isinstance(value, torch.Tensor) or value.shape != own.shape or not user.args or user.args[0] is not output:
+            if not isinstance(value, torch.Tensor) or not same_size(value.shape, own.shape) or not user.args or user.args[0] is not output:
                 break
             name = op_name(user)
             if name in CASTS and torch.promote_types(value.dtype, own.dtype) == own.dtype and factor == 1.0:

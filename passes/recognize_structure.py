@@ -80,8 +80,18 @@ class Proposal:
 
 
 def shape_of(node: fx.Node) -> tuple[object, ...]:
+    """The traced shape of a tensor; a symbol that has become a number since it was traced is that number."""
     value = value_of(node)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(_settled(size) for size in value.shape)
+
+
+def _settled(size: object) -> object:
+    if isinstance(size, torch.SymInt):
+        known = size.node.maybe_as_int()
+        return size if known is None else known
+    return size
 
 
 def row_shape(row: Row) -> tuple[object, ...]:
@@ -301,6 +311,8 @@ class Gathers:
         if _widens(node):
             inner = passed_through(node)
             return self.known.get(inner) if inner is not None else None
+        if name in RESHAPES - {"unsqueeze"}:
+            return self._split(node, rank)
         if name in PERMUTES:
             return self._permuted(node, rank)
         indexed = _indexing(node)
@@ -327,6 +339,21 @@ class Gathers:
                 return None
             rows += found
         return _Gather(axis, tuple(rows)) if len(rows) <= MAX_SOURCES else None
+
+    def _split(self, node: fx.Node, rank: int) -> _Gather | None:
+        """A concatenation that is viewed with a new axis, one entry a part: a stack as export decomposes it."""
+        joined = passed_through(node)
+        if joined is None or op_name(joined) not in {"cat", "concat", "concatenate"} or len(shape_of(joined)) != rank - 1:
+            return None
+        parts, dim = argument(joined, 0, "tensors"), argument(joined, 1, "dim", 0)
+        if not isinstance(parts, (list, tuple)) or not isinstance(dim, int):
+            return None
+        axis, own = dim % (rank - 1), shape_of(node)
+        for part in parts:
+            shape = shape_of(part) if isinstance(part, fx.Node) else ()
+            if len(shape) != rank - 1 or not same_size((*shape[:axis], len(parts), *shape[axis:]), own):
+                return None
+        return _Gather(axis, tuple(_bare(Row(part)) for part in parts))
 
     def _permuted(self, node: fx.Node, rank: int) -> _Gather | None:
         """A permutation that only moves the gathered axis."""
@@ -528,8 +555,13 @@ def _summed(anchor: fx.Node, facts: Facts, sizes: tuple[int, ...]) -> tuple[list
                 continue
             values.append(other)
             rows_found += len(reader.sources_of(other, bare=True))
-    ways = [[reader.sources_of(value, bare=bare) for value in values] for bare in (True, False)] if values else []
-    return [ways[0], ways[1]] if len(ways) == 2 and ways[0] != ways[1] else ways[:1], dependent
+    ways: list[list[tuple[Row, ...]]] = []
+    for operands in (values, values[:1]):
+        for bare in (True, False):
+            way = [reader.sources_of(value, bare=bare) for value in operands]
+            if way and way not in ways:
+                ways.append(way)
+    return ways, dependent
 
 
 def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
@@ -589,8 +621,8 @@ def proposals(anchor: fx.Node, facts: Facts) -> Iterator[Proposal]:
             if rows not in seen:
                 seen.add(rows)
                 yield from _close(anchor, rows, dependent, facts)
-    if ways:
-        for rows in _unnormalised(anchor, ways[-1], sizes, facts):
+    for way in ways:
+        for rows in _unnormalised(anchor, way, sizes, facts):
             if rows not in seen:
                 seen.add(rows)
                 yield from _close(anchor, rows, dependent, facts)
@@ -702,7 +734,7 @@ def _is_parameter(node: fx.Node, closure: _Closure) -> bool:
     if inner is None and op_name(node) in {"expand", "expand_as", "broadcast_to", "getitem"}:
         inner = argument(node, 0, "input", node.kwargs.get("self"))
     if isinstance(inner, fx.Node) and closure.small(inner) and (op_name(node) not in CASTS or _widens(node)):
-        return _static_numel(inner) != _static_numel(node)
+        return (_static_numel(inner) or 0) > (_static_numel(node) or 0)
     # A value made of constants alone (a factor as a tensor) is computed with the region.
     roots, seen = [node], {node}
     while roots:

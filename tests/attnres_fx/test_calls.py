@@ -36,6 +36,9 @@ class Converted:
     ids: Tensor
     tmp_path: Path
 
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        return self.model.attnres.stream.query, self.model.attnres.stream.key_gain
+
     def expected(self, model: Any = None, ids: Tensor | None = None) -> Tensor:
         model, ids = self.model if model is None else model, self.ids if ids is None else ids
         stream = model.attnres.stream
@@ -151,6 +154,15 @@ def call_with_cache(c: Converted) -> Tensor:
         first = c.model(c.ids[:, :5], use_cache=True)
         second = c.model(c.ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
     return torch.cat([first.logits, second.logits], 1)
+
+
+@row(REWRITTEN)
+def call_with_hidden_states(c: Converted) -> Tensor:
+    output = c.model(c.ids, use_cache=False, output_hidden_states=True)
+    embedding, middle, _ = output.hidden_states  # the last is what the final norm made of the output mix
+    assert torch.equal(embedding, c.model.model.embed_tokens(c.ids))
+    assert models.relative(middle, reference.llama_mixes(c.model, c.ids, *c.parameters(), [2, 4])[2]) < 2e-5
+    return output.logits
 
 
 @row(REWRITTEN)
