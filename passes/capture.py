@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from attnres_fx.passes._compat import compile_whole, inner_error, install_output_capture, is_graph_break, is_model_failure, quiet_dynamo
+from attnres_fx.passes._compat import (
+    compile_whole,
+    inner_error,
+    install_output_capture,
+    is_graph_break,
+    is_model_failure,
+    quiet_dynamo,
+)
 from attnres_fx.passes.graph import copy_graph_module
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
 

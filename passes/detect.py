@@ -4,7 +4,7 @@ A residual addition is a sum one operand of which (the skip) reaches the others 
 of such additions, linked by identity through pass-throughs, are the streams. The way:
 
 1. Every sum is flattened over inner sums that nobody else reads. The skip is the operand that is an ancestor of another;
-   an operand on a known chain is preferred, so that an embedding added again is a term and not a skip.
+   of two on one chain the later, so that an embedding added again is a term and not a skip.
 2. Ancestry is decided by a search backward from the later operand that never goes behind the earlier one and leaps over
    chains already found, so that its cost is that of one branch and the whole stays linear in the graph.
 3. Where the skip reaches a sum through something else than pass-throughs (a norm, a scale, a gate), the link is kept and
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from attnres_fx.passes.features import feature_dim
@@ -26,6 +27,7 @@ from attnres_fx.passes.streams import Layer, Obstacle, Stream
 from attnres_fx.passes.vocabulary import (
     BATCH_NORMS,
     NORMS,
+    Addition,
     addition_of,
     base_of,
     is_contraction,
@@ -78,7 +80,7 @@ class _Search:
             link = self.links.get(node)
             if link is not None:
                 # A chain found already: leap to the source if it is on the chain, else to the root of the chain.
-                if self._on_chain(source, link):
+                if self.on_chain(source, link):
                     leaps[node] = True
                     inputs[node] = []
                     continue
@@ -96,7 +98,7 @@ class _Search:
                 descends[node] = any(ways) or is_contraction(node) or node in self.links
         return (target in descends), descends.get(target, False)
 
-    def _on_chain(self, source: fx.Node, link: _Link) -> bool:
+    def on_chain(self, source: fx.Node, link: _Link) -> bool:
         """Whether ``source`` is a proper earlier value of the chain that ``link`` ends."""
         if source is link.root:
             return True
@@ -152,7 +154,7 @@ def _withdraw(inner: fx.Node, search: _Search) -> None:
         siblings.remove(link)
 
 
-def _flatten(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+def _flatten(node: fx.Node, search: _Search) -> tuple[list[fx.Node], list[fx.Node]]:
     """(operands of the whole sum, inner sums that nobody else reads)."""
     operands: list[fx.Node] = []
     inner: list[fx.Node] = []
@@ -169,8 +171,10 @@ def _flatten(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
                 through.append(lone)
                 lone = passed_through(lone) or lone
             value = float_tensor(lone)
-            sums = addition_of(lone) is not None and len(lone.users) == 1 and not is_mutation(lone)
-            if sums and value is not None and same_size(value.shape, whole.shape) and value.dtype == whole.dtype:
+            within = addition_of(lone)
+            opens = within is not None and len(lone.users) == 1 and not is_mutation(lone) and (
+                lone in search.links or _whole_parts(within, whole.shape))
+            if opens and value is not None and same_size(value.shape, whole.shape) and value.dtype == whole.dtype:
                 inner += [lone, *through]
                 pending.append(lone)
             else:
@@ -178,22 +182,30 @@ def _flatten(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     return operands, inner
 
 
+def _whole_parts(found: Addition, shape: torch.Size) -> bool:
+    """Whether both parts of a sum have its shape: a branch plus its bias is one term, not two."""
+    values = [float_tensor(found.left), float_tensor(found.right)]
+    return all(value is not None and same_size(value.shape, shape) for value in values)
+
+
 def _link_of(node: fx.Node, search: _Search) -> _Link | None:
     """``node`` as a residual addition, or None."""
     found, whole = addition_of(node), float_tensor(node)
     if found is None or whole is None or found.alpha != 1 or found.left is found.right or is_mutation(node):
         return None
-    operands, inner = _flatten(node)
+    operands, inner = _flatten(node, search)
     if len(set(operands)) != len(operands):
         return None
     skips = [part for part in operands
              if (value := float_tensor(part)) is not None and same_size(value.shape, whole.shape)]
 
-    def preference(part: fx.Node) -> tuple[int, int]:
-        link = search.links.get(base_of(part))
-        return (-link.position, 0) if link is not None else (0, search.order[part])
+    # Of two operands on one chain the later is the skip: an embedding added again is a term.
+    ends = [link for part in operands if (link := search.links.get(base_of(part))) is not None]
+    skips = [part for part in skips if not any(
+        search.on_chain(base_of(part), link) for link in ends if link.layer.node is not base_of(part))]
+    skips.sort(key=search.order.__getitem__)
 
-    for skip in sorted(skips, key=preference):
+    for skip in skips:
         base = base_of(skip)
         terms = tuple(part for part in operands if part is not skip)
         ways = [search.reach(base, term) for term in terms]
@@ -201,7 +213,7 @@ def _link_of(node: fx.Node, search: _Search) -> _Link | None:
             branches = sum(reached and contracts for reached, contracts in ways)
             layer = Layer(node, skip, terms, tuple(inner), branches)
             return _plain_link(layer, base, any(contracts for _, contracts in ways), search)
-    for skip in sorted(skips, key=preference):
+    for skip in skips:
         terms = tuple(part for part in operands if part is not skip)
         link = _obstructed_link(Layer(node, skip, terms, tuple(inner)), search)
         if link is not None:

@@ -108,7 +108,8 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, Fraction]) -> Fraction:
         return of(first)
     if name in _SAME:
         return of(first) if len(inputs) == 1 and of(first) != 0 else _fail()
-    if name in {"zeros_like", "ones_like", "empty_like", "sign", "argmax", "size", "new_zeros", "full_like"}:
+    if name in {"zeros_like", "ones_like", "empty_like", "sign", "argmax", "size", "full_like", "new_zeros", "new_ones",
+                "new_full", "new_empty"}:
         return Fraction(0)
     if name in _MUL or name in {"matmul", "bmm", "mm", "__matmul__"}:
         return of(first) + of(second)

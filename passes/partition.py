@@ -48,7 +48,9 @@ def _positive(name: str, value: int) -> int:
 
 
 def _explicit(num_layers: int, boundaries: Sequence[int]) -> tuple[int, ...]:
-    positions = [int(position) for position in boundaries]
+    if any(isinstance(position, bool) or not isinstance(position, int) for position in boundaries):
+        raise PartitionError(f"boundaries {list(boundaries)} are no whole numbers", remedy="list layer counts")
+    positions = list(boundaries)
     if not positions or positions[-1] != num_layers:
         positions.append(num_layers)
     if positions[0] < 1 or any(a >= b for a, b in zip(positions, positions[1:])):

@@ -175,8 +175,8 @@ VIEWS = RESHAPES | PERMUTES | frozenset({
 
 
 def viewed(node: fx.Node) -> fx.Node | None:
-    """The tensor that ``node`` may share memory with by viewing it, or None."""
-    if op_name(node) not in VIEWS:
+    """The tensor that ``node`` may share memory with, by viewing it or by changing it in place; None if it has its own."""
+    if op_name(node) not in VIEWS and not is_mutation(node):
         return None
     source = argument(node, 0, "input", node.kwargs.get("self"))
     return source if isinstance(source, fx.Node) else None

@@ -75,7 +75,7 @@ def token_ids(batch: int = 2, length: int = 9, seed: int = 1, high: int = 60) ->
 
 
 def hugging_face(name: str, **settings: Any) -> nn.Module:
-    """A model of transformers by class name, from a configuration alone, in eval mode with :func:`randomize`'s weights."""
+    """A model of transformers by class name, from a configuration alone, in eval mode with random weights."""
     warnings.filterwarnings("ignore")
     import transformers
 
@@ -96,7 +96,7 @@ def llama(num_layers: int = 3, **settings: Any) -> Any:
 
 
 def exact_norms(model: nn.Module) -> nn.Module:
-    """Replace norms that compute in float32 whatever the model's dtype by ``nn.RMSNorm``, so that float64 is float64."""
+    """Replace norms that compute in float32 whatever the dtype by ``nn.RMSNorm``, so that float64 is float64."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm") and not isinstance(child, nn.RMSNorm):
@@ -115,8 +115,8 @@ def _llama() -> Built:
 
 
 def _gpt2() -> Built:
-    model = hugging_face("GPT2LMHeadModel", n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=64, bos_token_id=1,
-                         eos_token_id=2)
+    model = hugging_face("GPT2LMHeadModel", n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=64,
+                         bos_token_id=1, eos_token_id=2)
     return model, (token_ids(),), {"use_cache": False}
 
 

@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    """A decoder in the style of nanoGPT with ``num_sublayers`` residual additions; an odd number ends in an attention."""
+    """A decoder like nanoGPT with ``num_sublayers`` residual additions; an odd number ends in an attention."""
 
     block: type[nn.Module] = Block
 
