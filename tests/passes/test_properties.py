@@ -131,7 +131,7 @@ EXAMPLES = [
 ]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(SPECS)
 @example(EXAMPLES[0])
 @example(EXAMPLES[1])
@@ -142,7 +142,7 @@ def test_random_networks(spec: Spec) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SPECS)
 def test_many_random_networks(spec: Spec) -> None:
     check(spec)

@@ -1,0 +1,73 @@
+# One virtual environment in the checkout, made once; every target runs in it.
+#   make demo | test | test-slow | test-zoo | lint | benchmark | wheel | clean      ARGS="..." is handed on to the program.
+
+PYTHON ?= python3
+ARGS ?=
+# Threads that wait must not spin: where other programs share the cores, spinning costs more than the work (10 x, seen).
+export OMP_WAIT_POLICY ?= PASSIVE
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Another pyproject.toml or constraints.txt is another stamp, so that a changed pin installs and nothing else does.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet
+# A copy of the package as users get it. mypy does not follow the finder of an editable installation.
+TYPED := build/typed
+
+.PHONY: demo test test-slow test-zoo lint benchmark wheel clean
+
+demo: $(STAMP)
+	$(RUN) examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	$(RUN) -m pytest -m slow $(ARGS)
+
+test-zoo: $(STAMP)
+	$(RUN) -m pytest -m zoo -s tests/zoo $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	rm -rf build
+	$(PIP) --no-deps --target $(TYPED) .
+	cd $(TYPED) && $(CURDIR)/$(RUN) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p attnres_fx
+
+benchmark: $(STAMP)
+	$(RUN) benchmarks/model.py $(ARGS)
+
+wheel: $(STAMP)
+	rm -rf build dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(RUN) -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+define CHECK
+import os, shutil, sys, sysconfig
+wrong = []
+if sys.version_info < (3, 10):
+    wrong.append(f"Python 3.10 or newer (this is {sys.version.split()[0]}; choose one with make PYTHON=...)")
+if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+    wrong.append("the headers of this Python (Debian: python3-dev)")
+if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++"]))):
+    wrong.append("a C++ compiler (g++ or clang++; Inductor builds its CPU kernels with it)")
+try:
+    import ensurepip, venv
+except ImportError:
+    wrong.append("the venv module (Debian: python3-venv)")
+if wrong:
+    sys.exit("attnres-fx needs " + " and ".join(wrong))
+endef
+export CHECK
+
+$(STAMP):
+	@$(PYTHON) -c "$$CHECK"
+	@echo "Making $(VENV) (once; torch is some 200 MB)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[test,lint]"
+	@rm -f $(VENV)/.installed-*
+	@touch $@

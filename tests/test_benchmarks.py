@@ -1,0 +1,38 @@
+"""The benchmark runs, its variants compute the same, and its verdicts are sound. No timing is judged here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from scripts import load_script
+
+
+def test_verdict_is_held_against_the_control() -> None:
+    model = load_script("benchmarks/model.py")
+    case = model.Case("made up", 64, 1, 1)
+    outputs = dict.fromkeys(("plain", "control", "attnres", "pseudocode"), torch.ones(3))
+    first = dict.fromkeys(outputs, 1.0)
+    taken = {"plain": [10.0, 11.0], "control": [10.5, 11.2], "attnres": [10.2, 11.1], "pseudocode": [15.0, 16.0]}
+    results = {result.variant: result for result in model.summarize(case, taken, first, outputs)}
+    assert results["pseudocode"].resolvable and not results["attnres"].resolvable
+    assert results["pseudocode"].min_ratio == pytest.approx(1.5)
+    assert results["plain"].median_ratio == 1.0
+
+
+def test_variants_compute_the_same() -> None:
+    model = load_script("benchmarks/model.py")
+    for case in model.QUICK:
+        variants = model.build(case)
+        ids = torch.randint(256, (2, 7))
+        torch.testing.assert_close(variants["attnres"](ids), variants["pseudocode"](ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    load_script("benchmarks/model.py").main(["--quick", "--rounds", "2", "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert len(content["results"]) == 8 and content["machine"]["rounds"] == 2
+    assert {result["variant"] for result in content["results"]} == {"plain", "control", "attnres", "pseudocode"}
+    assert all(result["min_ms"] > 0 and result["deviation"] < 1e-3 for result in content["results"])
