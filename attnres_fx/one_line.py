@@ -86,7 +86,8 @@ def _refuse_pieces(gm: fx.GraphModule, streams: list[Stream]) -> None:
             raise OneLineError(
                 f"the residual stream crosses the border of what is compiled: it comes in as '{start.name}' and goes out "
                 "unnormalised, as in one layer of a larger model", place=stream.layers[0].place,
-                remedy="compile the whole model instead of its layers; if this is the whole model, " + _TWO_LINES)
+                remedy="compile the whole model instead of its layers. If that is what was compiled, a graph break took it "
+                       "apart: torch.compile(..., fullgraph=True) names the line. If this is the whole model, " + _TWO_LINES)
 
 
 def _root(stream: Stream, modules: list[nn.Module], this: nn.Module | None) -> nn.Module:

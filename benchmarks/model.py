@@ -258,7 +258,7 @@ def table_of(results: Sequence[Result]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeatable; default all")
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeatable")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each variant")
     parser.add_argument("--threads", type=int, help="on a shared machine fewer than its cores disturb less")
     parser.add_argument("--quick", action="store_true", help="two tiny cases, to see that the benchmark runs")

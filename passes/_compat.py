@@ -122,8 +122,18 @@ def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     if capturing is None or not any(name.startswith("output_") and value for name, value in kwargs.items()):
         return
     for module in model.modules():
-        if getattr(type(module), "_can_record_outputs", None):
+        if _captures(type(module), capturing.__file__):
             capturing.maybe_install_capturing_hooks(module)
+
+
+def _captures(cls: type, file: str) -> bool:
+    """Whether the forward of ``cls`` is wrapped by the capture; hooks of an outer model would record a second time."""
+    function = getattr(cls, "forward", None)
+    while function is not None:
+        if getattr(getattr(function, "__code__", None), "co_filename", "") == file:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 @contextmanager

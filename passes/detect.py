@@ -41,6 +41,7 @@ from attnres_fx.passes.vocabulary import (
 
 # How far a skip is followed back through operations on the stream, in nodes: a hand-written norm takes about ten.
 _ON_STREAM_REACH = 24
+_MULTIPLIES = {"mul", "__mul__", "imul", "mul_", "div", "truediv", "__truediv__", "div_", "lerp", "rmul", "__rmul__"}
 
 
 @dataclass(eq=False)
@@ -300,11 +301,14 @@ def _classify(way: list[fx.Node], start: fx.Node, search: _Search) -> Obstacle:
     def first(test: Callable[[fx.Node], bool]) -> fx.Node | None:
         return next((n for n in ordered if test(n)), None)
 
+    if first(lambda n: op_name(n) in {"sigmoid", "hardsigmoid", "Sigmoid", "softmax"}) is not None:
+        gate = first(lambda n: op_name(n) in _MULTIPLIES)
+        if gate is not None:
+            return Obstacle("gate", gate)
     norm = first(lambda n: op_name(n) in NORMS or op_name(n) in BATCH_NORMS or op_name(n) in {"rsqrt", "std", "var", "sqrt"})
     if norm is not None:
         return Obstacle("norm", norm)
-    multiplies = {"mul", "__mul__", "imul", "mul_", "div", "truediv", "__truediv__", "div_", "lerp", "rmul", "__rmul__"}
-    factor = first(lambda n: op_name(n) in multiplies)
+    factor = first(lambda n: op_name(n) in _MULTIPLIES)
     if factor is not None:
         computed = [n for n in factor.all_input_nodes if n is not start and search.order[n] > search.order[start]]
         gates = any(search.reach(start, n)[0] for n in computed if base_of(n) is not start)

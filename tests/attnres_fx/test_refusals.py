@@ -148,8 +148,18 @@ def test_graph_break_names_its_line(
         attnres_fx.analyze(model, ids)
 
     refused = one_line_error(model, ids)
-    assert isinstance(refused, errors.GraphBreakError)
-    assert where in str(refused)
+    if model_class is reference.NanoGPT and index > 0:
+        # A break in a later round of a loop: Dynamo gives the whole frame up and hands us its first layer alone. The error
+        # names the way to the line, which then holds.
+        assert isinstance(refused, errors.OneLineError)
+        assert "fullgraph=True" in str(refused)
+        torch._dynamo.reset()  # it remembers the frames that it gave up
+        with pytest.raises(torch._dynamo.exc.Unsupported) as whole:
+            torch.compile(model, backend="attnres", fullgraph=True)(ids)
+        assert where.replace(":", '", line ') in str(whole.value)
+    else:
+        assert isinstance(refused, errors.GraphBreakError)
+        assert where in str(refused)
     before.assert_unchanged()
 
 

@@ -242,11 +242,13 @@ def test_one_mix_a_position_whoever_reads_it() -> None:
     assert models.relative(value, model.head(model.ln_f(expected[6]))) <= 1e-10
 
 
-def test_hidden_states_are_the_mixes() -> None:
+@pytest.mark.parametrize("called_before", [False, True])
+def test_hidden_states_are_the_mixes(called_before: bool) -> None:
     """``output_hidden_states`` returns the mixes, b_0 first; the last is the output mix after the final norm."""
     model = models.exact_norms(models.llama()).double()
     ids, kwargs = models.token_ids(), {"use_cache": False, "output_hidden_states": True}
-    model(ids, **kwargs)  # the first such call installs hooks, under a lock that cannot be traced
+    if called_before:  # the first such call installs hooks, under a lock that cannot be traced
+        model(ids, **kwargs)
     attnres_fx.convert(model, ids, kwargs, num_blocks=2)
     query = torch.randn(7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
