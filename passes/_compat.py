@@ -126,7 +126,7 @@ def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
             capturing.maybe_install_capturing_hooks(module)
 
 
-def _captures(cls: type, file: str) -> bool:
+def _captures(cls: type, file: str | None) -> bool:
     """Whether the forward of ``cls`` is wrapped by the capture; hooks of an outer model would record a second time."""
     function = getattr(cls, "forward", None)
     while function is not None:

@@ -142,7 +142,7 @@ def test_random_networks(spec: Spec) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(SPECS)
 def test_many_random_networks(spec: Spec) -> None:
     check(spec)
