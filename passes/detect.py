@@ -417,7 +417,8 @@ def _mixes(stream: Stream) -> list[Obstacle]:
     for gather in gathers:
         parts = [base_of(part) for part in gather.all_input_nodes]
         branch_values = {base_of(term) for layer in stream.layers for term in layer.terms}
-        if sum(part in members or part in branch_values for part in parts) < 2:
+        # A stack of one value of the chain with others is enough: within a block, only the partial sum is on the chain.
+        if sum(part in members or part in branch_values for part in parts) < (1 if op_name(gather) == "stack" else 2):
             continue
         pending, seen = [gather], {gather}
         while pending and len(seen) < 64:
