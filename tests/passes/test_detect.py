@@ -348,7 +348,7 @@ class SpelledOut(nn.Module):
 def test_partial_sums_of_hand_written_mixes_are_no_streams(num_layers: int, size: int) -> None:
     """Within a block only the partial sum is on the chain; one value of it in a mix is enough to tell."""
     torch._dynamo.reset()
-    model, x = SpelledOut(num_layers, size), toy_input()
+    model, x = SpelledOut(num_layers, size), torch.randn(2, 4, WIDTH)
     assert not any(stream.refusal() is None for stream in found(model, x))
     compiled = torch.compile(model, backend="attnres", options={"downstream": "eager"})
     torch.testing.assert_close(compiled(x), model(x))
