@@ -343,12 +343,13 @@ def _chains(search: _Search) -> list[list[_Link]]:
             chain.pop(0)
         if chain:
             chains.append(chain)
-    chains.sort(key=len, reverse=True)
+    chains.sort(key=lambda chain: (len(chain), search.order[chain[-1].layer.node]), reverse=True)
     kept: list[list[_Link]] = []
     for chain in chains:
         if len(chain) == 1 and kept and len(kept[0]) > 1:
             continue
-        if any(link.obstacles for link in chain) and any(_inside_branch(chain, other, search) for other in kept):
+        doubtful = len(chain) == 1 or any(link.obstacles for link in chain)
+        if doubtful and any(_inside_branch(chain, other, search) for other in kept):
             continue
         kept.append(chain)
     return sorted(kept, key=lambda chain: search.order[chain[0].layer.node])

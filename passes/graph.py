@@ -130,7 +130,10 @@ def replace_uses(old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:
 
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
     """Drop dead nodes, check the graph, generate its code once. Every transformation of a module ends here."""
-    gm.graph.eliminate_dead_code()
+    from attnres_fx.passes.vocabulary import is_mutation  # which builds on this file
+
+    # fx takes a change in place for dead where nobody reads its result, though its target is read afterwards.
+    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or is_mutation(node))
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -151,6 +151,11 @@ def is_mutation(node: fx.Node) -> bool:
     """Whether ``node`` changes its first argument in place."""
     if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(node.target, name) for name in node.target.overloads() if not name.endswith("out")]
+        return any(overload._schema.is_mutable for overload in overloads)
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return True
     name = op_name(node)
     if node.op == "call_method":
         return name.endswith("_") and not name.endswith("__") and name not in {"requires_grad_", "detach_"}

@@ -17,7 +17,7 @@ SPELLINGS = ("x + f", "f + x", "torch.add", "alpha", "iadd", "add_", "addcmul", 
 # What a branch does. "plain" reads the stream raw; "mixer" has no contraction.
 BRANCHES = ("pre", "plain", "rms", "hand_rms", "sandwich", "parallel_left", "parallel_right", "parallel_inner", "dropout",
             "layer_scale", "rezero", "constant", "mixer", "nested", "broadcast", "half", "shared", "flat", "permuted",
-            "attention", "fan_out")
+            "attention", "fan_out", "in_place")
 # What may stand on the stream and forbid a rewrite, with the error class that names it.
 OBSTACLES = {"scale": "ScaledStreamError", "norm": "PostNormError", "gate": "GatedStreamError",
              "tanh": "StreamOperationError", "mutation": "MutatedStreamError"}
@@ -101,6 +101,8 @@ class Layer(nn.Module):
             f = self.alpha * f
         elif kind == "constant":
             f = 0.5 * f
+        elif kind == "in_place":
+            f.mul_(3)  # nobody reads the result of the call, everybody its target
         elif kind == "broadcast":
             f = f.mean(1, keepdim=True)
         elif kind == "half":

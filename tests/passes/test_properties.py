@@ -126,7 +126,9 @@ def check_refusal(spec: Spec, streams: list[Stream]) -> str:
 EXAMPLES = [
     Spec((LayerSpec("pre", "x + f"), LayerSpec("plain", "iadd"), LayerSpec("parallel_left", "x + f"))),
     Spec((LayerSpec("nested", "x + f"), LayerSpec("nested", "x + f"))),
+    Spec((LayerSpec("nested", "x + f"),)),
     Spec((LayerSpec("permuted", "x + f"), LayerSpec("flat", "x + f"), LayerSpec("broadcast", "x + f"))),
+    Spec((LayerSpec("in_place", "x + f"), LayerSpec("pre", "x + f"), LayerSpec("in_place", "f += x"))),
     Spec((LayerSpec("pre", "f += x"), LayerSpec("mixer", "alpha"), LayerSpec("attention", "stack"))),
 ]
 
@@ -137,6 +139,8 @@ EXAMPLES = [
 @example(EXAMPLES[1])
 @example(EXAMPLES[2])
 @example(EXAMPLES[3])
+@example(EXAMPLES[4])
+@example(EXAMPLES[5])
 def test_random_networks(spec: Spec) -> None:
     check(spec)
 
