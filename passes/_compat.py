@@ -152,6 +152,11 @@ def quiet_dynamo() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def unlimited_compiles() -> Any:
+    """Lift Dynamo's limits on compiling one code object again: tracing keeps nothing, so no count can grow harmful."""
+    return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+
+
 @dataclass(frozen=True)
 class Frame:
     """The Python frame that Dynamo is compiling: the modules it can name, its own ``self``, whether it is a resumption."""

@@ -15,6 +15,7 @@ from attnres_fx.passes._compat import (
     is_graph_break,
     is_model_failure,
     quiet_dynamo,
+    unlimited_compiles,
 )
 from attnres_fx.passes.graph import copy_graph_module
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
@@ -46,7 +47,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     install_output_capture(model, kwargs)
     try:
-        with quiet_dynamo():
+        with quiet_dynamo(), unlimited_compiles():
             compile_whole(call, _stop, dynamic=False)(*args, **kwargs)
     except Exception as error:
         inner = inner_error(error)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnres_fx.passes import _compat
+from attnres_fx.passes.capture import capture
 from attnres_fx.passes.graph import copy_graph_module, stack_paths, value_of
 from attnres_fx.runtime.errors import PlainPathError
 from attnres_fx.runtime.marker import ENTER
@@ -184,3 +185,10 @@ def test_tracing_can_be_restarted_by_a_backend() -> None:
     torch.testing.assert_close(result, module(x))
 
 
+
+
+def test_tracing_many_models_meets_no_compile_limit() -> None:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
+        for _ in range(4):
+            capture(Small(), (torch.ones(2, 4),), {})
