@@ -164,7 +164,9 @@ def test_compiled_llama_equals_the_reference(downstream: str) -> None:
     attnres_fx.convert(model, ids, {"use_cache": False}, num_blocks=4)
     draw_parameters(model)
     compiled = torch.compile(model, backend="attnres", options={"downstream": downstream}, fullgraph=True)
-    compare(model, plain, ids, {"use_cache": False}, reference.llama, [2, 4, 6], call=compiled)
+    # The rotary angles are float32 in any dtype, and Inductor's vectorised cosine may be an ulp off eager's.
+    tolerance = 1e-6 if downstream == "inductor" else EXACT
+    compare(model, plain, ids, {"use_cache": False}, reference.llama, [2, 4, 6], call=compiled, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", [
