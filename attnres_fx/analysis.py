@@ -12,6 +12,7 @@ from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import module_path, source_line, stack_paths
 from attnres_fx.passes.lower import prepare
+from attnres_fx.passes.recognize import recognize
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import argument, is_mix
 from attnres_fx.report import MixEntry, Report, describe_stream
@@ -32,6 +33,7 @@ def analyze(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None =
 def report_of(gm: fx.GraphModule, model: nn.Module | None = None) -> Report:
     """The report on a graph: its streams, named as a conversion would name them, and the mixes that it holds."""
     gm = prepare(gm)
+    recognize(gm)
     mixes = tuple(_mix_entry(node) for node in gm.graph.nodes if is_mix(node))
     streams = [s for s in detect(gm) if not any(o.kind == "mix" and is_mix(o.node) for o in s.obstacles)]
     name_streams(streams, [owner_of(stream, model) for stream in streams])

@@ -15,9 +15,10 @@ from torch import fx
 
 from attnres_fx.options import Options
 from attnres_fx.passes._compat import run_aot_eager, run_inductor
-from attnres_fx.passes.lower import lower_marked, markers_of
+from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import StreamPlan
+from attnres_fx.passes.recognize import Recognized, recognize
 from attnres_fx.runtime.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,9 @@ def attnres(
 ) -> Callable[..., Any]:
     """Compile one graph of Dynamo.
 
-    A graph of a converted model is rewritten. A graph with residual streams and no marker belongs to a plain model, which
-    is converted while it is being compiled (the one-line form). Any other graph goes to Inductor as it is.
+    A graph of a converted model is rewritten. In a graph that spells attention residuals out, the mixes are recognised and
+    fused, and nothing is converted. A graph with residual streams and neither belongs to a plain model, which is converted
+    while it is being compiled (the one-line form). Any other graph goes to Inductor as it is.
 
     Raises: AttnResError of the kind that names the cause; Dynamo wraps it in its BackendCompilerFailed.
     """
@@ -46,7 +48,12 @@ def attnres(
         return compile_downstream(rewritten, example_inputs, chosen)
     from attnres_fx.one_line import convert_while_compiling
 
-    convert_while_compiling(gm, chosen)
+    working = prepare(gm)
+    mixes = recognize(working)
+    if mixes:
+        _record_mixes(working, mixes)
+        return compile_downstream(working, example_inputs, chosen)
+    convert_while_compiling(gm, working, chosen)
     return compile_downstream(gm, example_inputs, chosen)
 
 
@@ -80,6 +87,15 @@ def _record(gm: fx.GraphModule, plans: Sequence[StreamPlan]) -> None:
     for plan in plans:
         log.info("rewrote stream '%s': %d layers in %d blocks, mix_scale %s", plan.name, plan.num_layers,
                  plan.num_blocks, plan.mix_scale)
+    _trace(gm)
+
+
+def _record_mixes(gm: fx.GraphModule, mixes: Sequence[Recognized]) -> None:
+    log.info("recognised %d hand-written mixes of up to %d sources", len(mixes), max(mix.num_sources for mix in mixes))
+    _trace(gm)
+
+
+def _trace(gm: fx.GraphModule) -> None:
     torch._logging.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "attnres_rewritten_graph", "encoding": "string"},

@@ -69,19 +69,22 @@ def inspect(
     content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": converted, **report.to_dict(),
                                "plans": [_plan_json(plan) for plan in plans]}
     if graph or dot is not None:
+        from attnres_fx import graphs
         from attnres_fx.files import whole_file
-        from attnres_fx.graphs import before_and_after, readable_code
-        from attnres_fx.graphs import dot as draw
 
-        pair = before_and_after(_marked(opened, plans))
-        content["code"] = readable_code(pair.after)
+        if not plans and report.mixes:
+            fused = graphs.recognized(_traced(opened))
+            content["code"], drawing = graphs.readable_code(fused), graphs.dot_of_mixes(fused, source)
+        else:
+            pair = graphs.before_and_after(_marked(opened, plans))
+            content["code"], drawing = graphs.readable_code(pair.after), graphs.dot(pair, source)
         if dot is not None:
             with whole_file(dot, overwrite=True) as partial:
-                partial.write_text(draw(pair, source), encoding="utf-8")
+                partial.write_text(drawing, encoding="utf-8")
     if as_json:
         _print_json(content)
         return
-    print(report if report.streams else render(_found_mixes(report)))
+    print(report)
     if plans:
         heading = "converted:" if converted else "a conversion would give:"
         print("\n" + render(f"{heading} {_summary(plans)}", blocks_table(plans), mixes_table(plans)))
@@ -213,13 +216,8 @@ def _plan(
     from attnres_fx.analysis import report_of
     from attnres_fx.conversion import plan_streams, plans_of
     from attnres_fx.errors import NoStreamError
-    from attnres_fx.passes.capture import capture
-    from attnres_fx.passes.graph import copy_graph_module
 
-    if opened.program is not None:
-        gm: fx.GraphModule = copy_graph_module(opened.program.module)
-    else:
-        gm, _ = capture(opened.model, opened.args, opened.kwargs)
+    gm = _traced(opened)
     report = report_of(gm, opened.model)
     if opened.converted:
         _refuse_plan_options(num_blocks, layers_per_block, streams)
@@ -232,6 +230,16 @@ def _plan(
         return report, []
     return report, plan_streams(gm, opened.model, num_blocks=num_blocks, layers_per_block=layers_per_block,
                                 streams=chosen, mix_scale=mix_scale)
+
+
+def _traced(opened: Source) -> fx.GraphModule:
+    """The graph of the source as it is."""
+    from attnres_fx.passes.capture import capture
+    from attnres_fx.passes.graph import copy_graph_module
+
+    if opened.program is not None:
+        return copy_graph_module(opened.program.module)
+    return capture(opened.model, opened.args, opened.kwargs)[0]
 
 
 def _marked(opened: Source, plans: list[StreamPlan]) -> fx.GraphModule:
@@ -258,15 +266,6 @@ def _summary(plans: Sequence[StreamPlan]) -> str:
     return "; ".join(
         f"stream '{plan.name}': {plan.num_layers} layers of width {plan.width} in {plan.num_blocks} blocks, "
         f"{plan.num_layers} mixes ({plan.mix_scale})" for plan in plans)
-
-
-def _found_mixes(report: Report) -> Any:
-    from rich.table import Table
-
-    table = Table("attention residuals in the model", "source", "sources of the mix")
-    for mix in report.mixes:
-        table.add_row(mix.module, mix.source, str(mix.num_sources))
-    return table
 
 
 def _plan_json(plan: StreamPlan) -> dict[str, Any]:

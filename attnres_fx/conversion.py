@@ -11,13 +11,16 @@ from torch import fx, nn
 from attnres_fx.analysis import as_args, name_streams, owner_of, unwrap
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
+from attnres_fx.passes.graph import place_of
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import MIX_SCALES, StreamPlan, relative_sites
+from attnres_fx.passes.recognize import recognize
 from attnres_fx.passes.streams import Stream
 from attnres_fx.runner import PART, STREAMS, converted_class, is_converted_class, original_class
 from attnres_fx.runtime.errors import (
     AlreadyConvertedError,
+    HandWrittenMixError,
     NoStreamError,
     NotConvertedError,
     OptionError,
@@ -110,7 +113,13 @@ def plan_streams(
     key_gain: bool = True,
 ) -> list[StreamPlan]:
     """The plans of the streams to convert, from a captured graph; raises what :func:`convert` raises."""
-    found = detect(prepare(gm))
+    gm = prepare(gm)
+    mixes = recognize(gm)
+    found = detect(gm)
+    if mixes and not any(isinstance(stream.refusal(), HandWrittenMixError) for stream in found):
+        raise HandWrittenMixError(
+            "the model spells attention residuals out already, and is not converted a second time",
+            place=place_of(mixes[0].node), remedy="compile the model as it is")
     if not found:
         raise NoStreamError("no residual stream was found in the model",
                             remedy="attention residuals need additions x + f(x); attnres_fx.analyze shows what is seen")
@@ -142,7 +151,8 @@ def _choose(found: Sequence[Stream], streams: Collection[str] | str | None) -> s
     refused = {name: refusal for name, refusal in refusals.items() if refusal is not None}
     if not refused:
         return set(wanted)
-    first = next(iter(refused.values()))
+    # A model that spells attention residuals out is told so, whatever else its weighted sums look like.
+    first = min(refused.values(), key=lambda refusal: not isinstance(refusal, HandWrittenMixError))
     good = [name for name in wanted if name not in refused]
     if not good:
         raise first

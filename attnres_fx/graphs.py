@@ -2,7 +2,7 @@
 
 The code is that of the graph itself, grouped by the module that each line comes from. The DOT drawing is a spine: the
 values of a stream, one box a layer for its branch, and after the rewrite the block sums and the mixes with their
-sources.
+sources. Of a model that spells its mixes out only the second half is drawn.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import fx
 from attnres_fx.passes.graph import module_path
 from attnres_fx.passes.lower import assign, lower_marked, prepare
 from attnres_fx.passes.plan import StreamPlan
+from attnres_fx.passes.recognize import recognize
 from attnres_fx.passes.rewrite import Assignment
 from attnres_fx.passes.streams import Layer
 from attnres_fx.passes.vocabulary import argument, is_mix, op_name
@@ -87,7 +88,7 @@ def _is_state(name: str, gm: fx.GraphModule, names: dict[str, str]) -> bool:
 def _remark(node: fx.Node) -> str:
     record = node.meta.get("attnres")
     if is_mix(node):
-        where = f"position {record['position']} of '{record['stream']}', " if record else ""
+        where = f"position {record['position']} of '{record['stream']}', " if record and "stream" in record else ""
         return f"  # mix: {where}{len(argument(node, 0, 'sources'))} sources"
     return f"  # block sum of '{record['stream']}', layers up to {record['position']}" if record else ""
 
@@ -101,6 +102,43 @@ def dot(pair: Pair, name: str = "model") -> str:
     lines += _cluster("after", "after: attention residuals",
                       [line for a in pair.assignments for line in _after(a, pair.after)])
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def recognized(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph in which the mixes that it spells out are single nodes."""
+    gm = prepare(gm)
+    recognize(gm)
+    return gm
+
+
+def dot_of_mixes(gm: fx.GraphModule, name: str = "model") -> str:
+    """The mixes of a graph, their sources, and which mix each source is computed from."""
+    lines = [f"digraph {_quoted(name)} {{", "  rankdir=TB; fontname=Helvetica;",
+             '  node [shape=box, style="rounded,filled", fillcolor=white, fontname=Helvetica, fontsize=10];',
+             "  edge [color=gray40, arrowsize=0.7];"]
+    mixes = [node for node in gm.graph.nodes if is_mix(node)]
+    sources = dict.fromkeys(source for mix in mixes for source in argument(mix, 0, "sources"))
+    for source in sources:
+        lines.append("  " + _node(source.name, f"{source.name}\n{module_path(source)}", "lightyellow"))
+        lines += ["  " + _edge(origin.name, source.name) for origin in _origins(source, {*mixes, *sources})]
+    for mix in mixes:
+        listed = argument(mix, 0, "sources")
+        lines.append("  " + _node(mix.name, f"mix: {len(listed)} sources\n{module_path(mix)}", "palegreen"))
+        lines += ["  " + _edge(source.name, mix.name, "color=seagreen") for source in dict.fromkeys(listed)]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _origins(node: fx.Node, shown: set[fx.Node]) -> list[fx.Node]:
+    """The nearest of the shown nodes that ``node`` is computed from."""
+    found, pending, seen = [], list(node.all_input_nodes), set(node.all_input_nodes)
+    while pending:
+        current = pending.pop()
+        if current in shown:
+            found.append(current)
+            continue
+        pending += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
+    return found
 
 
 def _cluster(key: str, label: str, lines: Sequence[str]) -> list[str]:

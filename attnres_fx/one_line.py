@@ -19,7 +19,7 @@ from attnres_fx.options import Options
 from attnres_fx.passes._compat import compiling_frame, graph_break_reason, restart_tracing
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import stack_paths
-from attnres_fx.passes.lower import RESTART, prepare
+from attnres_fx.passes.lower import RESTART
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import base_of, is_mix
 from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class
@@ -32,18 +32,20 @@ _TWO_LINES = (
 _RESTARTED = "_attnres_restarted"  # on the submodule that carries the marker of a restarted frame: the root
 
 
-def convert_while_compiling(gm: fx.GraphModule, options: Options) -> None:
+def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options: Options) -> None:
     """Convert the plain model behind ``gm`` and restart the tracing of its frame; return if there is nothing to convert.
+
+    ``working`` is a prepared copy of ``gm``, which is only read.
 
     Raises: a refusal of the stream, or OneLineError where the live model cannot be found with certainty.
     """
-    working = prepare(gm)
-    # What mixes already, by hand or by attnres_fx.mix, is compiled as it is.
-    streams = [s for s in detect(working) if not any(o.kind == "mix" for o in s.obstacles)]
+    streams = detect(working)
     frame = compiling_frame()
     modules = [] if frame is None else frame.modules
     _refuse_parts(modules)
-    if not streams or any(is_mix(node) for node in gm.graph.nodes):
+    # What mixes already, by hand or by attnres_fx.mix, is compiled as it is.
+    mixed = any(obstacle.kind == "mix" for stream in streams for obstacle in stream.obstacles)
+    if not streams or mixed or any(is_mix(node) for node in gm.graph.nodes):
         return
     broken = graph_break_reason(gm)
     if broken is not None or (frame is not None and frame.resumed):

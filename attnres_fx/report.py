@@ -76,11 +76,12 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        if not self.streams:
+        if not self.streams and not self.mixes:
             return "no residual stream found"
-        return render(streams_table(self.streams)) + "".join(
-            f"\n{stream.name}: {stream.reason}" for stream in self.streams if stream.reason
-        )
+        tables = [streams_table(self.streams)] if self.streams else []
+        tables += [found_table(self.mixes)] if self.mixes else []
+        reasons = (f"\n{stream.name}: {stream.reason}" for stream in self.streams if stream.reason)
+        return render(*tables) + "".join(reasons)
 
 
 def describe_stream(stream: Stream) -> ResidualStream:
@@ -108,6 +109,16 @@ def streams_table(streams: Sequence[ResidualStream]) -> Any:
     for stream in streams:
         table.add_row(stream.name, str(stream.num_layers), str(stream.width), stream.norm_placement,
                       "yes" if stream.function_preserving else "no", "yes" if stream.convertible else "no")
+    return table
+
+
+def found_table(mixes: Sequence[MixEntry]) -> Any:
+    """A table of the mixes that a model spells out, which its compilation fuses."""
+    from rich.table import Table
+
+    table = Table("attention residuals in the model", "source", "sources of the mix")
+    for mix in mixes:
+        table.add_row(mix.module, mix.source, str(mix.num_sources))
     return table
 
 

@@ -195,3 +195,24 @@ def restart_tracing(reason: str) -> NoReturn:
 
     InstructionTranslator.current_tx().output.root_tx.speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Real tensors and plain operators whatever modes, subclasses or autocast are active around; gradients recorded."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction(), torch.enable_grad(), \
+            torch.autocast("cpu", enabled=False):
+        yield
+
+
+def known_int(size: Any) -> int | None:
+    """The number that a symbolic size has become since it was traced, without a guard; None while it is free."""
+    return int(size) if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def hinted(number: Any, unknown: float = 8) -> Any:
+    """The traced number behind a symbolic one, without a guard on it; ``unknown`` for a size known only at run time."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return number
+    node: Any = number.node
+    return unknown if node.hint is None else node.hint

@@ -23,6 +23,7 @@ from torch import fx
 from attnres_fx.passes.features import feature_dim
 from attnres_fx.passes.graph import float_tensor, same_size
 from attnres_fx.passes.invariance import describe_norms
+from attnres_fx.passes.recognize_reads import depth_reads
 from attnres_fx.passes.streams import Layer, Obstacle, Stream
 from attnres_fx.passes.vocabulary import (
     BATCH_NORMS,
@@ -31,7 +32,6 @@ from attnres_fx.passes.vocabulary import (
     addition_of,
     base_of,
     is_contraction,
-    is_mix,
     is_mutation,
     keeps_identity,
     op_name,
@@ -131,7 +131,8 @@ def detect_graph(graph: fx.Graph) -> list[Stream]:
                 _withdraw(inner, search)
             _enter(link, search)
     chains = _chains(search)
-    streams = [_stream(f"stream{index}", chain, search) for index, chain in enumerate(chains)]
+    reads = {source: read.node for read in depth_reads(graph) for source in read.sources} if chains else {}
+    streams = [_stream(f"stream{index}", chain, search, reads) for index, chain in enumerate(chains)]
     for stream in streams:
         describe_norms(stream, search.order)
     return streams
@@ -367,7 +368,7 @@ def _inside_branch(chain: list[_Link], other: list[_Link], search: _Search) -> b
     return False
 
 
-def _stream(name: str, chain: list[_Link], search: _Search) -> Stream:
+def _stream(name: str, chain: list[_Link], search: _Search, reads: dict[fx.Node, fx.Node]) -> Stream:
     layers = [link.layer for link in chain]
     values = [base_of(layers[0].skip), *(layer.node for layer in layers)]
     # The embedding is what the first addition reads, unless a reader sees it without the pass-throughs before that.
@@ -383,7 +384,8 @@ def _stream(name: str, chain: list[_Link], search: _Search) -> Stream:
             obstacles += [found for found in _mutations(term) if search.order[found.node] > search.order[layer.node]]
     stream = Stream(name, layers, values, readers, obstacles)
     stream.feature_dim = feature_dim(stream)
-    stream.obstacles += _mixes(stream)
+    # First: what reads the values explains the chain, whatever else stands on it.
+    stream.obstacles[:0] = _mixed(stream, reads)
     return stream
 
 
@@ -408,36 +410,7 @@ def _mutations(value: fx.Node) -> list[Obstacle]:
     return found
 
 
-def _mixes(stream: Stream) -> list[Obstacle]:
-    """Readers that gather several values of the stream and lead to a softmax: attention residuals written by hand."""
-    members = set(stream.values)
-    rewritten = [u for layer in stream.layers for u in layer.node.users if is_mix(u)]
-    if rewritten:
-        return [Obstacle("mix", rewritten[0])]
-    gathers = [user for value in stream.values for user in value.users if op_name(user) in {"stack", "cat", "concat"}]
-    for gather in gathers:
-        parts = [base_of(part) for part in gather.all_input_nodes]
-        branch_values = {base_of(term) for layer in stream.layers for term in layer.terms}
-        # A stack of one value of the chain with others is enough: within a block, only the partial sum is on the chain.
-        if sum(part in members or part in branch_values for part in parts) < (1 if op_name(gather) == "stack" else 2):
-            continue
-        pending, seen = [gather], {gather}
-        while pending and len(seen) < 64:
-            node = pending.pop(0)
-            if op_name(node) in {"softmax", "_softmax", "scaled_dot_product_attention"}:
-                return [Obstacle("mix", node)]
-            for user in node.users:
-                if user not in seen and not is_contraction_with_weights(user):
-                    seen.add(user)
-                    pending.append(user)
-    return []
-
-
-def is_contraction_with_weights(node: fx.Node) -> bool:
-    """Contractions through which a gathered stream would no longer be the thing that is mixed."""
-    return op_name(node) in {"linear", "Linear", "conv1d", "conv2d", "conv3d"} and not _to_one(node)
-
-
-def _to_one(node: fx.Node) -> bool:
-    value = float_tensor(node)
-    return value is not None and value.dim() > 0 and value.shape[-1] == 1
+def _mixed(stream: Stream, reads: dict[fx.Node, fx.Node]) -> list[Obstacle]:
+    """Values of the stream that are weighted against others by functions of themselves: a hand-written mix, or a kin."""
+    found = next((reads[base_of(value)] for value in stream.values if base_of(value) in reads), None)
+    return [] if found is None else [Obstacle("mix", found)]

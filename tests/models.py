@@ -95,6 +95,16 @@ def llama(num_layers: int = 3, **settings: Any) -> Any:
                                                "num_key_value_heads": 2, **settings})
 
 
+def inkling2() -> nn.Module:
+    """A language model of transformers that spells attention residuals out: several queries, normalised values."""
+    return hugging_face(
+        "Inkling2ForCausalLM", hidden_size=32, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, vocab_size=64, unpadded_vocab_size=60, d_rel=4,
+        rel_extent=16, sliding_window_size=8, max_position_embeddings=64, moe_intermediate_size=16, n_routed_experts=4,
+        num_experts_per_tok=2, n_layers_per_attn_res_block=2, pad_token_id=0, eos_token_id=2,
+        layer_types=["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2)
+
+
 def exact_norms(model: nn.Module) -> nn.Module:
     """Replace norms that compute in float32 whatever the dtype by ``nn.RMSNorm``, so that float64 is float64."""
     for parent in list(model.modules()):

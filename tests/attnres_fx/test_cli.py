@@ -358,3 +358,22 @@ def test_what_a_factory_prints_is_no_result(tmp_path: Path, attnres: Callable[..
                                       "def factory():\n    print('building')\n    return own_with_inputs()\n")
     result = attnres("inspect", f"{tmp_path / 'loud.py'}:factory", "--json")
     assert result.code == 0 and json.loads(result.out)["kind"] == "factory" and "building" in result.err
+
+
+def test_inspect_shows_the_mixes_that_a_model_spells_out(
+    tmp_path: Path, attnres: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "by_hand.py").write_text(
+        "import torch\nimport handwritten\n\n\ndef build():\n"
+        "    read = next(read for read in handwritten.READS if read.name == 'paper')\n"
+        "    return handwritten.Network(read, block=4), (torch.zeros(2, 5, dtype=torch.long),)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    drawing = tmp_path / "mixes.dot"
+    shown = attnres("inspect", "by_hand:build", "--graph", "--dot", drawing)
+    assert shown.code == 0, shown
+    assert "attention residuals in the model" in shown.out
+    assert shown.out.count("torch.ops.attnres.mix(") == 7
+    assert "# mix: 3 sources" in shown.out
+    assert drawing.read_text().count("palegreen") == 7
+    told = attnres("inspect", "by_hand:build", "--json")
+    assert [mix["num_sources"] for mix in json.loads(told.out)["mixes"]] == [1, 2, 2, 2, 2, 3, 3]

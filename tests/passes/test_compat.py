@@ -192,3 +192,27 @@ def test_tracing_many_models_meets_no_compile_limit() -> None:
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
         for _ in range(4):
             capture(Small(), (torch.ones(2, 4),), {})
+
+
+def test_plain_torch_leaves_every_mode_behind() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert isinstance(torch.ones(2), FakeTensor)
+        with _compat.plain_torch():
+            made = torch.ones(2, 2, requires_grad=True)
+            product = made @ made
+    assert type(made) is Tensor
+    assert product.dtype == torch.float32
+    assert product.requires_grad
+
+
+def test_symbolic_sizes_tell_their_number_without_a_guard() -> None:
+    graphs, _ = traced(Small(), torch.ones(3, 4), dynamic=True)
+    size = next(value for node in graphs[0].graph.nodes if isinstance(value := value_of(node), torch.SymInt))
+    guards = len(size.node.shape_env.guards)
+    assert _compat.known_int(size) is None
+    assert _compat.hinted(size) == 3
+    assert _compat.hinted(5) == 5
+    assert _compat.known_int(5) == 5
+    assert len(size.node.shape_env.guards) == guards
