@@ -23,7 +23,7 @@ from torch import fx
 from attnres_fx.passes.graph import insert_call, module_path, same_size, source_line, value_of
 from attnres_fx.passes.recognize_closure import Proposal
 from attnres_fx.passes.recognize_confirm import Meaning, meaning_of
-from attnres_fx.passes.recognize_rows import Facts, Row, memory_of, row_shape, shape_of
+from attnres_fx.passes.recognize_rows import Facts, Row, is_bank, memory_of, row_shape, shape_of
 from attnres_fx.passes.recognize_structure import is_anchor, proposals
 from attnres_fx.passes.vocabulary import CASTS, is_mutation, op_name
 from attnres_fx.runtime.mix import MIX
@@ -229,13 +229,13 @@ def _writes_its_first_argument(node: fx.Node) -> bool:
 
 
 def _remove_dead(graph: fx.Graph) -> None:
-    """Remove what nothing needs any more, writes into tensors that nothing reads included.
+    """Remove what nothing needs any more, writes into new tensors that nothing reads included.
 
     ``Graph.eliminate_dead_code`` keeps every write by ``setitem`` and drops every other in-place method whose result is
     unused, whoever reads the tensor afterwards.
     """
     facts = Facts(graph)
-    local = {change for memory, changes in facts.mutations.items() if memory.op in ("call_function", "call_method")
+    local = {change for memory, changes in facts.mutations.items() if is_bank(memory)
              for change in changes if _writes_its_first_argument(change)}
     pending = [node for node in graph.nodes if node.op in ("placeholder", "output") or (node not in local and (
         node.is_impure() or is_mutation(node) or node.kwargs.get("out") is not None))]

@@ -6,6 +6,7 @@ module). Passes ask this file what a node means and never look at targets themse
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,10 +182,20 @@ VIEWS = RESHAPES | PERMUTES | frozenset({
 
 def viewed(node: fx.Node) -> fx.Node | None:
     """The tensor that ``node`` may share memory with, by viewing it or by changing it in place; None if it has its own."""
-    if op_name(node) not in VIEWS and not is_mutation(node):
+    if op_name(node) not in VIEWS and not _returns_alias(op_name(node)) and not is_mutation(node):
         return None
     source = argument(node, 0, "input", node.kwargs.get("self"))
     return source if isinstance(source, fx.Node) else None
+
+
+@functools.cache
+def _returns_alias(name: str) -> bool:
+    """Whether torch's own schemas say that an operator of this name may return its input's memory."""
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    returns = [value for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
 def is_mix(node: fx.Node) -> bool:

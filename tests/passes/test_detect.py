@@ -233,6 +233,7 @@ OBSTACLES: dict[str, tuple[Step, str]] = {
     "activation": (lambda m, x, i: torch.relu(x + m.branch(x, i)), "operation"),
     "dropout on the stream": (lambda m, x, i: F.dropout(x + m.branch(x, i), 0.2, training=True), "operation"),
     "set item": (lambda m, x, i: _masked(x + m.branch(x, i)), "mutation"),
+    "a half in place": (lambda m, x, i: _half(x + m.branch(x, i)), "mutation"),
 }
 
 
@@ -242,6 +243,11 @@ def _rms(x: Tensor) -> Tensor:
 
 def _masked(x: Tensor) -> Tensor:
     x[:, 0] = 0.0
+    return x
+
+
+def _half(x: Tensor) -> Tensor:
+    torch.hsplit(x, [1])[0].mul_(0.5)
     return x
 
 
