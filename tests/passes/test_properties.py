@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from networks import BRANCHES, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec
 from torch import Tensor, fx
@@ -146,10 +146,17 @@ def test_random_networks(spec: Spec) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(SPECS)
-def test_many_random_networks(spec: Spec) -> None:
-    check(spec)
+@pytest.mark.parametrize("shard", range(8))
+def test_many_random_networks(shard: int) -> None:
+    """2,000 networks, the same ones in every run."""
+
+    @seed(shard)
+    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(SPECS)
+    def run(spec: Spec) -> None:
+        check(spec)
+
+    run()
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import models
@@ -19,13 +20,17 @@ from attnres_fx.errors import StreamRefusedError
 pytestmark = pytest.mark.zoo
 
 ROWS: list[tuple[str, ...]] = []
+BEGIN, END = "<!-- support table, written by make support -->", "<!-- end of the support table -->"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def table() -> Iterator[None]:
+def table(request: pytest.FixtureRequest) -> Iterator[None]:
     """Print what was found, and the rate of conversion in each family, when all is done."""
     ROWS.clear()
     yield
+    path = request.config.getoption("--support-table", default=None)
+    if path is not None:
+        write_support_table(Path(path))
     from rich.console import Console
     from rich.table import Table
 
@@ -42,6 +47,32 @@ def table() -> Iterator[None]:
         rates.add_row(family, f"{sum(n in good for n in rewritable)} of {len(rewritable)}",
                       f"{sum(n in good | refused for n in others)} of {len(others)}")
     Console(width=160, force_terminal=False).print("\n", shown, rates)
+
+
+def write_support_table(path: Path) -> None:
+    """Put what this run found between the markers of a Markdown file."""
+    seen: dict[str, dict[str, str]] = {}
+    for name, tracer, found, _, converted, outcome, _ in ROWS:
+        row = seen.setdefault(name, {"tracers": "", "layers": found})
+        if converted == "-":
+            row["tracers"] += f"{', ' if row['tracers'] else ''}{tracer}"
+        elif converted == "refused":
+            row["result"] = f"refused: {outcome}"
+        else:
+            deviation, mode = outcome.split(" ", 1)
+            row["result"] = "converted"
+            row["sum" if "sum" in mode else "paper"] = max(row.get("sum" if "sum" in mode else "paper", ""), deviation,
+                                                          key=lambda text: float(text or 0))
+    lines = ["| model | family | layers of its streams | found by | norms | result | at zero queries: sum, paper |",
+             "|---|---|---|---|---|---|---|"]
+    for name, row in seen.items():
+        case = ZOO[name]
+        deviations = f"{row['sum']}, {row['paper']}{'' if case.rewritable else ' (not preserving)'}" if "sum" in row else ""
+        lines.append(f"| {name} | {case.family} | {row['layers'].strip('[]')} | {row['tracers']} | {case.placement} | "
+                     f"{row.get('result', '')} | {deviations} |")
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    assert END in rest, f"{path} has no line {END}"
+    path.write_text("\n".join([before + BEGIN, *lines, END]) + rest.partition(END)[2], encoding="utf-8")
 
 
 def record(name: str, tracer: str, found: Any, converted: str, outcome: str, started: float) -> None:

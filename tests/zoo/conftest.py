@@ -1,0 +1,9 @@
+"""The option that writes the support table of the README."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support-table", metavar="FILE", help="write what was found into a Markdown file")
