@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 from attnres_fx.conversion import plan_streams
 from attnres_fx.files import PLAN_FILE, first_line, json_text, whole_file
 from attnres_fx.passes._compat import fake_mode_of
-from attnres_fx.passes.graph import copy_graph_module, finish, value_of
+from attnres_fx.passes.finish import finish
+from attnres_fx.passes.graph import copy_graph_module, value_of
 from attnres_fx.passes.lower import assign, lower_marked, prepare
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.vocabulary import is_mix

@@ -19,7 +19,8 @@ from attnres_fx.exported import (
     rewrite_program,
     weight_dtypes,
 )
-from attnres_fx.passes.graph import copy_graph_module, finish, insert_call
+from attnres_fx.passes.finish import finish
+from attnres_fx.passes.graph import copy_graph_module, insert_call
 from attnres_fx.passes.lower import assign, markers_of, prepare
 from attnres_fx.passes.oracle import OracleInterpreter, mix_by_definition
 from attnres_fx.passes.partition import sources_at

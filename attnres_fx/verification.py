@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from attnres_fx.analysis import as_args, unwrap
 from attnres_fx.conversion import plans_of
 from attnres_fx.passes.capture import capture
-from attnres_fx.passes.graph import copy_graph_module, finish
+from attnres_fx.passes.finish import finish
+from attnres_fx.passes.graph import copy_graph_module
 from attnres_fx.passes.lower import assign, lower_marked, markers_of, prepare
 from attnres_fx.passes.oracle import OracleInterpreter
 from attnres_fx.passes.plan import StreamPlan

@@ -126,14 +126,3 @@ def replace_uses(old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:
     """Make each of ``users`` read ``new`` where it read ``old``."""
     for user in users:
         user.replace_input_with(old, new)
-
-
-def finish(gm: fx.GraphModule) -> fx.GraphModule:
-    """Drop dead nodes, check the graph, generate its code once. Every transformation of a module ends here."""
-    from attnres_fx.passes.vocabulary import is_mutation  # which builds on this file
-
-    # fx takes a change in place for dead where nobody reads its result, though its target is read afterwards.
-    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or is_mutation(node))
-    gm.graph.lint()
-    gm.recompile()
-    return gm

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from attnres_fx.passes.graph import finish
+from attnres_fx.passes.finish import finish
 from attnres_fx.passes.vocabulary import op_name
 
 _CHECKPOINT = "tag_activation_checkpoint"

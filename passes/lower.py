@@ -6,7 +6,8 @@ from torch import fx
 
 from attnres_fx.passes._compat import graph_break_reason
 from attnres_fx.passes.detect import detect
-from attnres_fx.passes.graph import copy_graph_module, finish, place_of
+from attnres_fx.passes.finish import finish
+from attnres_fx.passes.graph import copy_graph_module, place_of
 from attnres_fx.passes.inline import inline_graph
 from attnres_fx.passes.normalize import normalize_graph
 from attnres_fx.passes.plan import StreamPlan, find_sites, owner_path, tracer_path

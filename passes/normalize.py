@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from attnres_fx.passes.graph import finish, float_tensor, insert_call, same_size, value_of
+from attnres_fx.passes.finish import finish
+from attnres_fx.passes.graph import float_tensor, insert_call, same_size, value_of
 from attnres_fx.passes.vocabulary import Addition, addition_of, argument, is_mutation, op_name, viewed
 
 ADD = torch.ops.aten.add.Tensor

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnres_fx.passes.finish import only_makes_a_value
 from attnres_fx.passes.graph import insert_call, module_path, same_size, source_line, value_of
 from attnres_fx.passes.recognize_closure import Proposal
 from attnres_fx.passes.recognize_confirm import Meaning, meaning_of
 from attnres_fx.passes.recognize_rows import Facts, Row, is_bank, memory_of, row_shape, shape_of
 from attnres_fx.passes.recognize_structure import is_anchor, proposals
-from attnres_fx.passes.vocabulary import CASTS, is_mutation, op_name
+from attnres_fx.passes.vocabulary import CASTS, op_name
 from attnres_fx.runtime.mix import MIX
 
 aten = torch.ops.aten
@@ -78,7 +79,7 @@ def recognize_graph(graph: fx.Graph) -> list[Recognized]:
                 found.append(rewriter.replace(proposal, meaning))
             break
     if found:
-        _remove_dead(graph)
+        _remove_dead_writes(graph)
     return found
 
 
@@ -228,17 +229,12 @@ def _writes_its_first_argument(node: fx.Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace == "aten"
 
 
-def _remove_dead(graph: fx.Graph) -> None:
-    """Remove what nothing needs any more, writes into new tensors that nothing reads included.
-
-    ``Graph.eliminate_dead_code`` keeps every write by ``setitem`` and drops every other in-place method whose result is
-    unused, whoever reads the tensor afterwards.
-    """
+def _remove_dead_writes(graph: fx.Graph) -> None:
+    """Remove what nothing needs any more, writes into new tensors that nothing reads included (``finish`` keeps them)."""
     facts = Facts(graph)
     local = {change for memory, changes in facts.mutations.items() if is_bank(memory)
              for change in changes if _writes_its_first_argument(change)}
-    pending = [node for node in graph.nodes if node.op in ("placeholder", "output") or (node not in local and (
-        node.is_impure() or is_mutation(node) or node.kwargs.get("out") is not None))]
+    pending = [node for node in graph.nodes if node not in local and not only_makes_a_value(node)]
     live = set(pending)
     while pending:
         node = pending.pop()

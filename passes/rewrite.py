@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from attnres_fx.passes.graph import finish, insert_call, same_size, value_of
+from attnres_fx.passes.finish import finish
+from attnres_fx.passes.graph import insert_call, same_size, value_of
 from attnres_fx.passes.partition import sources_at
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.streams import Layer, Stream
