@@ -2,12 +2,13 @@
 
 The operators are defined with ``torch.library.Library`` rather than ``custom_op``: a call is cheaper, and a native
 kernel can replace the reference on one device by registering itself under that device's dispatch key. The kernels here
-serve every device (CompositeExplicitAutograd).
+serve every device (CompositeExplicitAutograd) until that has happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,22 +16,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
+from .cpu import native
 
 _LIBRARY = torch.library.Library("attnres", "FRAGMENT")
-_LIBRARY.define(
-    "mix(Tensor[] sources, Tensor query, Tensor? key_gain, float eps=1e-6, float logit_scale=1.0, "
-    "bool normalize_values=False, float output_factor=1.0) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "mix_backward(Tensor grad, Tensor[] sources, Tensor query, Tensor? key_gain, float eps, float logit_scale, "
-    "bool normalize_values, float output_factor) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
+_ARGUMENTS = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}, "
+_ARGUMENTS += "float output_factor{}"
+# "mix" is served by the fastest kernel there is; "mix_reference" by the reference, whatever there is.
+# "mix_autograd" is "mix", entered where autograd has something to record.
+for _name in ("", "_reference", "_autograd"):
+    _LIBRARY.define(
+        f"mix{_name}({_ARGUMENTS.format('=1e-6', '=1.0', '=False', '=1.0')}) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _LIBRARY.define(
+        f"mix_backward{_name}(Tensor grad, {_ARGUMENTS.format('', '', '', '')}) -> Tensor[]",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 MIX = torch.ops.attnres.mix.default
 MIX_BACKWARD = torch.ops.attnres.mix_backward.default
+MIX_REFERENCE = torch.ops.attnres.mix_reference.default
+MIX_BACKWARD_REFERENCE = torch.ops.attnres.mix_backward_reference.default
+_BACKWARD_OF = {MIX: MIX_BACKWARD, MIX_REFERENCE: MIX_BACKWARD_REFERENCE}
 
 
 def _round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -39,6 +46,14 @@ def _round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> T
 
 
 def _mix_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    """Runs until a native kernel is registered, and after that never again on its device."""
+    if query.device.type == "cpu" and native.ensure():
+        result: Tensor = MIX(sources, query, key_gain, *options)
+        return result
+    return _mix_reference_kernel(sources, query, key_gain, *options)
+
+
+def _mix_reference_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
     options = _with_defaults(*options)
     reference.check_arguments(sources, query, key_gain, options[0])
     wide = reference.mix_forward(sources, query, key_gain, *options)
@@ -59,6 +74,15 @@ def _mix_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None
 
 
 def _mix_backward_kernel(
+    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    if query.device.type == "cpu" and native.ensure():
+        grads: list[Tensor] = MIX_BACKWARD(grad, sources, query, key_gain, *options)
+        return grads
+    return _mix_backward_reference_kernel(grad, sources, query, key_gain, *options)
+
+
+def _mix_backward_reference_kernel(
     grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> list[Tensor]:
     targets = _check_backward(grad, sources, query, key_gain, *options)
@@ -100,25 +124,31 @@ class _Mix(torch.autograd.Function):
     """Flat arguments: an autograd.Function does not look for tensors inside lists."""
 
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], query: Tensor, key_gain: Tensor | None, *sources: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, operator: Any, options: tuple[Any, ...], query: Tensor, key_gain: Tensor | None, *sources: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(query, key_gain, *sources)
+        ctx.operator = operator
         ctx.options = options
-        return _below_autograd(list(sources), query, key_gain, *options)
+        return _below_autograd(operator, list(sources), query, key_gain, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key_gain, *sources = ctx.saved_tensors
-        _, needs_query, needs_gain, *needs_sources = ctx.needs_input_grad
+        _, _, needs_query, needs_gain, *needs_sources = ctx.needs_input_grad
         # A tangent that arrives with grad would be lost in the operator.
-        operator = _mix_backward_composite if forward_ad._current_level >= 0 else MIX_BACKWARD
+        composite = forward_ad._current_level >= 0
+        operator = _mix_backward_composite if composite else _BACKWARD_OF[ctx.operator]
         grads = operator(grad, sources, query, key_gain, *ctx.options)
         count = len(sources)
         query_grad = grads[count] if needs_query else None
         gain_grad = grads[count + 1] if needs_gain else None
-        return None, query_grad, gain_grad, *(g if n else None for g, n in zip(grads, needs_sources))
+        return None, None, query_grad, gain_grad, *(g if n else None for g, n in zip(grads, needs_sources))
 
 
-def _mix_autograd(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+def _mix_autograd(
+    operator: Any, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> Tensor:
     """Choose how a call is differentiated.
 
     Not by ``torch.library.register_autograd``: the function it generates raises under torch.func.grad and drops the
@@ -128,34 +158,65 @@ def _mix_autograd(sources: list[Tensor], query: Tensor, key_gain: Tensor | None,
     if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
         return _mix_composite(sources, query, key_gain, *options)
     if needs_grad:
-        result: Tensor = _Mix.apply(_with_defaults(*options), query, key_gain, *sources)
+        result: Tensor = _Mix.apply(operator, _with_defaults(*options), query, key_gain, *sources)
         return result
-    return _below_autograd(sources, query, key_gain, *options)
+    return _below_autograd(operator, sources, query, key_gain, *options)
 
 
-def _below_autograd(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+def _below_autograd(
+    operator: Any, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = MIX(sources, query, key_gain, *options)
+        result: Tensor = operator(sources, query, key_gain, *options)
     return result
 
 
-def _double_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    raise NotImplementedError(
-        "attnres::mix can be differentiated only once by loss.backward() and torch.autograd.grad. "
-        "For second derivatives use torch.func (grad of grad, hessian)."
-    )
+class _MixBackward(torch.autograd.Function):
+    """The gradients, and an error for whoever differentiates them again: silence would make constants of them."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, options: tuple[Any, ...], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        grad, query, key_gain, *sources = tensors
+        assert len(sources) == count
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(operator(grad, sources, query, key_gain, *options))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "attnres::mix can be differentiated only once by loss.backward() and torch.autograd.grad. "
+            "For second derivatives use torch.func (grad of grad, hessian)."
+        )
+
+
+def _mix_backward_autograd(
+    operator: Any, grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    tensors = (grad, query, key_gain, *sources)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return list(_MixBackward.apply(operator, options, len(sources), *tensors))
+    with torch._C._AutoDispatchBelowAutograd():
+        grads: list[Tensor] = operator(grad, sources, query, key_gain, *options)
+    return grads
 
 
 _LIBRARY.impl("mix", _mix_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("mix", _mix_autograd, "Autograd")
 _LIBRARY.impl("mix_backward", _mix_backward_kernel, "CompositeExplicitAutograd")
-for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
-    _LIBRARY.impl("mix", _mix_composite, _key)
-    _LIBRARY.impl("mix_backward", _mix_backward_composite, _key)
-torch.library.register_fake("attnres::mix", _mix_fake, lib=_LIBRARY)
-torch.library.register_fake("attnres::mix_backward", _mix_backward_fake, lib=_LIBRARY)
-# Without this a second backward would treat the first gradients as constants.
-torch.library.register_autograd("attnres::mix_backward", _double_backward, lib=_LIBRARY)
+_LIBRARY.impl("mix_reference", _mix_reference_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("mix_backward_reference", _mix_backward_reference_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("mix", partial(_mix_autograd, MIX), "Autograd")
+_LIBRARY.impl("mix_backward", partial(_mix_backward_autograd, MIX_BACKWARD), "Autograd")
+_LIBRARY.impl("mix_reference", partial(_mix_autograd, MIX_REFERENCE), "Autograd")
+_LIBRARY.impl("mix_backward_reference", partial(_mix_backward_autograd, MIX_BACKWARD_REFERENCE), "Autograd")
+# Where a native library answers under the autograd key, it hands on to these what autograd has to record.
+_LIBRARY.impl("mix_autograd", partial(_mix_autograd, MIX), "CompositeImplicitAutograd")
+_LIBRARY.impl("mix_backward_autograd", partial(_mix_backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
+for _name in ("", "_reference"):
+    for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
+        _LIBRARY.impl(f"mix{_name}", _mix_composite, _key)
+        _LIBRARY.impl(f"mix_backward{_name}", _mix_backward_composite, _key)
+    torch.library.register_fake(f"attnres::mix{_name}", _mix_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"attnres::mix_backward{_name}", _mix_backward_fake, lib=_LIBRARY)
 
 
 def mix(

@@ -1,0 +1,219 @@
+// The backward of the mix: source rows and the gradient row are read from memory once, for the sums that the softmax
+// needs; the second reading, for the gradients, finds them in the cache.
+#pragma once
+
+#include "mix_arguments.h"
+
+namespace attnres {
+namespace {
+
+// The gradients of the parameters are summed in pieces whose number depends on the input alone, then over the pieces in
+// order: the same bits on any number of threads.
+constexpr int64_t kPieces = 128;
+constexpr int64_t kRowsPerPiece = 8;
+
+// The sums over positions that one piece of the rows contributes, [queries, padded] each, and where they stand.
+template <typename A>
+struct Partial {
+  int64_t pieces, per_piece, size;
+  bool values;
+  Buffer<A> keyed_sums, gain_sums;
+
+  Partial(int64_t rows, int64_t size, bool values)
+      : pieces(std::min<int64_t>(kPieces, (rows + kRowsPerPiece - 1) / kRowsPerPiece)),
+        per_piece(pieces == 0 ? 0 : (rows + pieces - 1) / pieces),
+        size(size),
+        values(values),
+        keyed_sums(std::max<int64_t>(pieces, 1) * size),
+        gain_sums(values ? std::max<int64_t>(pieces, 1) * size : 0) {
+    clear(0);
+  }
+  void clear(int64_t piece) const {
+    std::fill(keyed(piece), keyed(piece) + size, A(0));
+    if (values) {
+      std::fill(gain(piece), gain(piece) + size, A(0));
+    }
+  }
+  A* keyed(int64_t piece) const { return keyed_sums.get() + piece * size; }
+  A* gain(int64_t piece) const { return values ? gain_sums.get() + piece * size : nullptr; }
+
+  // Everything into piece 0, in the order of the pieces.
+  void reduce() const {
+    at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = 1; piece < pieces; ++piece) {
+        for (int64_t at = begin; at < end; ++at) {
+          keyed(0)[at] += keyed(piece)[at];
+        }
+        for (int64_t at = begin; values && at < end; ++at) {
+          gain(0)[at] += gain(piece)[at];
+        }
+      }
+    });
+  }
+};
+
+// The coefficients of Gradient for one position, from the sums of its rows.
+template <typename A>
+void coefficients(
+    const Options& options, int64_t count, int64_t queries, int64_t width, const A* inverse, const A* scores,
+    A* pulls, A* value, A* key, A* shrink) {
+  std::fill(shrink, shrink + count, A(0));
+  for (int64_t m = 0; m < queries; ++m) {
+    const A* score = scores + m * count;
+    A *pull = pulls + m * count, *weight = value + m * count, *to_key = key + m * count;
+    softmax(score, weight, count, static_cast<A>(options.logit_scale));
+    A mean = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      pull[i] *= options.normalize ? inverse[i] : A(1);
+      mean += weight[i] * pull[i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const A score_grad = static_cast<A>(options.logit_scale) * weight[i] * (pull[i] - mean);
+      to_key[i] = score_grad * inverse[i];
+      shrink[i] += score_grad * score[i] + (options.normalize ? weight[i] * pull[i] : A(0));
+      weight[i] *= options.normalize ? inverse[i] : A(1);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    shrink[i] *= inverse[i] * inverse[i] / static_cast<A>(width);
+  }
+}
+
+// The rows of one piece: their source gradients, and their share of the sums over positions.
+template <typename T>
+void backward_rows(
+    const Arguments& a, const Parameters<Acc<T>>& parameters, const c10::SmallVector<Rows, 16>& places, const Rows& grad,
+    const Tensors& outs, Acc<T>* keyed_sum, Acc<T>* gain_sum, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t count = a.count(), width = a.width(), rows = a.rows();
+  const int64_t queries = parameters.queries, padded = parameters.padded, pairs = queries * count;
+  const bool gained = gain_sum != nullptr;
+  Buffer<A> row_grad(queries * padded, true), value_grad(gained ? queries * padded : 0);
+  A* const pulled = gained ? value_grad.get() : row_grad.get();
+  c10::SmallVector<A, 64> inverse(count), shrink(count), scores(pairs), pulls(pairs), value(pairs), key(pairs);
+  c10::SmallVector<const T*, 32> here(count), next(count);
+  c10::SmallVector<T*, 32> to(count);
+  const Gradient<T> gradient{count, queries, width, padded, value.data(), key.data(), shrink.data(), parameters.keyed(0),
+                             pulled, row_grad.get(), keyed_sum, gain_sum};
+  const A eps = static_cast<A>(a.options.eps), factor = static_cast<A>(a.options.factor);
+  for (int64_t i = 0; i < count; ++i) {
+    next[i] = static_cast<const T*>(places[i].at(begin));
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    std::swap(here, next);
+    for (int64_t m = 0; m < queries; ++m) {
+      const T* from = static_cast<const T*>(grad.at(m * rows + row));
+      scaled_row(from, factor, width, row_grad.get() + m * padded);
+      for (int64_t j = 0; gained && j < padded; ++j) {
+        pulled[m * padded + j] = row_grad.get()[m * padded + j] * parameters.gain(m)[j];
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const T* following = row + 1 < end ? static_cast<const T*>(places[i].at(row + 1)) : nullptr;
+      next[i] = following;
+      to[i] = static_cast<T*>(outs[i].mutable_data_ptr()) + row * width;
+      for (int64_t m = 0; m < queries; ++m) {
+        const A* with[] = {parameters.keyed(m), pulled + m * padded};
+        A sums[3];
+        row_sums<T, 2>(here[i], m == 0 ? following : nullptr, with, width, sums);
+        inverse[i] = A(1) / std::sqrt(sums[0] / static_cast<A>(width) + eps);
+        scores[m * count + i] = sums[1] * inverse[i];
+        pulls[m * count + i] = sums[2];
+      }
+    }
+    coefficients(a.options, count, queries, width, inverse.data(), scores.data(), pulls.data(), value.data(), key.data(),
+                 shrink.data());
+    if (queries == 1) {
+      gained ? source_grads<T, true, true>(gradient, here.data(), to.data())
+             : source_grads<T, true, false>(gradient, here.data(), to.data());
+    } else {
+      gained ? source_grads<T, false, true>(gradient, here.data(), to.data())
+             : source_grads<T, false, false>(gradient, here.data(), to.data());
+    }
+  }
+}
+
+template <typename A, typename P>
+void round_as(const A* from, const at::Tensor& to, int64_t padded) {
+  const int64_t width = to.size(-1);
+  P* out = static_cast<P*>(to.mutable_data_ptr());
+  for (int64_t m = 0; m < to.numel() / width; ++m) {
+    for (int64_t j = 0; j < width; ++j) {
+      out[m * width + j] = static_cast<P>(from[m * padded + j]);
+    }
+  }
+}
+
+// A gradient of the shape and dtype of `like`, rounded from padded rows.
+template <typename A>
+at::Tensor rounded(const A* from, const at::Tensor& like, int64_t padded) {
+  at::Tensor result = at::detail::empty_cpu(like.sizes(), like.scalar_type());
+  switch (like.scalar_type()) {
+    case at::kFloat:
+      round_as<A, float>(from, result, padded);
+      break;
+    case at::kDouble:
+      round_as<A, double>(from, result, padded);
+      break;
+    case at::kHalf:
+      round_as<A, at::Half>(from, result, padded);
+      break;
+    default:
+      round_as<A, at::BFloat16>(from, result, padded);
+  }
+  return result;
+}
+
+template <typename T>
+Tensors backward(const at::Tensor& incoming, const Arguments& a) {
+  using A = Acc<T>;
+  const int64_t count = a.count(), width = a.width(), rows = a.rows(), padded = padded_width<T>(width);
+  Tensors outs;
+  outs.reserve(count + 2);
+  for (int64_t i = 0; i < count; ++i) {
+    outs.push_back(at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type()));
+  }
+  at::Tensor grad = incoming;
+  if (grad.stride(-1) != 1 && width != 1) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    grad = grad.contiguous();
+  }
+  Tensors keep;
+  const auto places = rows_of(a, keep);
+  const Rows grad_rows(grad);
+  const Parameters<A> parameters(a, padded);
+  const int64_t size = parameters.queries * padded;
+  const Partial<A> partial(rows, size, a.options.normalize && a.gain != nullptr);
+  const int64_t grain = kGrain / std::max<int64_t>(1, partial.per_piece * count * width);
+  at::parallel_for(0, partial.pieces, std::max<int64_t>(1, grain), [&](int64_t first, int64_t last) {
+    for (int64_t piece = first; piece < last; ++piece) {
+      const int64_t begin = piece * partial.per_piece, end = std::min(rows, begin + partial.per_piece);
+      partial.clear(piece);
+      if (begin < end) {
+        backward_rows<T>(a, parameters, places, grad_rows, outs, partial.keyed(piece), partial.gain(piece), begin, end);
+      }
+    }
+  });
+  partial.reduce();
+
+  A *keyed = partial.keyed(0), *values = partial.gain(0);
+  if (a.gain == nullptr) {
+    outs.push_back(rounded(keyed, a.query, padded));
+    return outs;
+  }
+  Buffer<A> gain(size, true);
+  for (int64_t m = 0; m < parameters.queries; ++m) {
+    A* to = gain.get() + (parameters.gain_per_query ? m * padded : 0);
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t at = m * padded + j;
+      to[j] += keyed[at] * parameters.query.get()[at] + (values == nullptr ? A(0) : values[at]);
+      keyed[at] *= parameters.gain(m)[j];
+    }
+  }
+  outs.push_back(rounded(keyed, a.query, padded));
+  outs.push_back(rounded(gain.get(), *a.gain, padded));
+  return outs;
+}
+
+} // namespace
+} // namespace attnres

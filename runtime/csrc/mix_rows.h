@@ -1,0 +1,319 @@
+// The arithmetic of one position of the mix: sums over a row, the softmax over depth, weighted sums of rows.
+//
+// Rows of T in memory are read into vectors of Acc<T> (float; double for double). Buffers of the statistics' type are
+// padded with zeros to a multiple of Storage<T>::chunk, so that only rows of the caller need care at their end.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+
+#include <ATen/cpu/vec/functional_base.h>
+#include <ATen/cpu/vec/functional_bfloat16.h>
+#include <ATen/cpu/vec/vec.h>
+
+namespace attnres {
+
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Two vectors of the statistics' type at a time: what one vector of a two-byte type widens to.
+template <typename T>
+struct Storage {
+  using Vec = at::vec::Vectorized<Acc<T>>;
+  static constexpr int64_t width = Vec::size();
+  static constexpr int64_t chunk = 2 * width;
+  static constexpr bool wide = std::is_same_v<T, Acc<T>>;
+
+  static inline void load(const T* from, Vec& low, Vec& high) {
+    if constexpr (wide) {
+      low = Vec::loadu(from);
+      high = Vec::loadu(from + width);
+    } else {
+      std::tie(low, high) = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
+    }
+  }
+
+  static inline void store(T* to, const Vec& low, const Vec& high) {
+    if constexpr (wide) {
+      low.store(to);
+      high.store(to + width);
+    } else {
+      at::vec::convert_from_float<T>(low, high).store(to);
+    }
+  }
+
+  // The same for the `count` elements left at the end of a row; what is missing reads as zero.
+  static inline void load(const T* from, int64_t count, Vec& low, Vec& high) {
+    alignas(64) T padded[chunk] = {};
+    std::memcpy(static_cast<void*>(padded), from, count * sizeof(T));
+    load(padded, low, high);
+  }
+
+  static inline void store(T* to, int64_t count, const Vec& low, const Vec& high) {
+    alignas(64) T padded[chunk];
+    store(padded, low, high);
+    std::memcpy(static_cast<void*>(to), padded, count * sizeof(T));
+  }
+};
+
+template <typename T>
+constexpr int64_t padded_width(int64_t width) {
+  return (width + Storage<T>::chunk - 1) / Storage<T>::chunk * Storage<T>::chunk;
+}
+
+template <typename Vec>
+inline typename Vec::value_type total(const Vec& vec) {
+  using Value = typename Vec::value_type;
+  return at::vec::vec_reduce_all<Value>([](Vec& x, Vec& y) { return x + y; }, vec);
+}
+
+// Ask for the rows of the next position while this one is computed: rows of several sources lie far apart, and the
+// hardware follows a source only after it has missed on it.
+template <typename T>
+inline void fetch(const T* next, int64_t column) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t offset = 0; offset < 2 * Storage<T>::chunk; offset += line) {
+    __builtin_prefetch(next + column + offset, 0, 2);
+  }
+}
+
+// sums[0] = <row, row>, sums[1 + k] = <row, with[k]>. `next` is the row to fetch meanwhile, or null.
+template <typename T, int Count>
+inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int64_t width, Acc<T>* sums) {
+  using S = Storage<T>;
+  using Vec = typename S::Vec;
+  Vec acc[2][2][1 + Count];
+  for (auto& half : acc) {
+    for (auto& part : half) {
+      for (auto& value : part) {
+        value = Vec(0);
+      }
+    }
+  }
+  const auto add = [&](int half, int64_t column, const Vec& low, const Vec& high) {
+    acc[half][0][0] = at::vec::fmadd(low, low, acc[half][0][0]);
+    acc[half][1][0] = at::vec::fmadd(high, high, acc[half][1][0]);
+    for (int k = 0; k < Count; ++k) {
+      acc[half][0][1 + k] = at::vec::fmadd(low, Vec::loadu(with[k] + column), acc[half][0][1 + k]);
+      acc[half][1][1 + k] = at::vec::fmadd(high, Vec::loadu(with[k] + column + S::width), acc[half][1][1 + k]);
+    }
+  };
+  Vec low, high;
+  int64_t column = 0;
+  for (; column + 2 * S::chunk <= width; column += 2 * S::chunk) {
+    if (next != nullptr) {
+      fetch(next, column);
+    }
+    S::load(row + column, low, high);
+    add(0, column, low, high);
+    S::load(row + column + S::chunk, low, high);
+    add(1, column + S::chunk, low, high);
+  }
+  if (column + S::chunk <= width) {
+    S::load(row + column, low, high);
+    add(0, column, low, high);
+    column += S::chunk;
+  }
+  if (column < width) {
+    S::load(row + column, width - column, low, high);
+    add(1, column, low, high);
+  }
+  for (int k = 0; k <= Count; ++k) {
+    sums[k] = total((acc[0][0][k] + acc[0][1][k]) + (acc[1][0][k] + acc[1][1][k]));
+  }
+}
+
+// to = factor * row, padded with zeros.
+template <typename T>
+inline void scaled_row(const T* row, Acc<T> factor, int64_t width, Acc<T>* to) {
+  using S = Storage<T>;
+  typename S::Vec low, high;
+  const typename S::Vec scale(factor);
+  for (int64_t column = 0; column < width; column += S::chunk) {
+    const int64_t left = width - column;
+    left < S::chunk ? S::load(row + column, left, low, high) : S::load(row + column, low, high);
+    (low * scale).store(to + column);
+    (high * scale).store(to + column + S::width);
+  }
+}
+
+// Softmax of scale * scores. A NaN among the scores makes every weight NaN, as torch.softmax does.
+template <typename A>
+inline void softmax(const A* scores, A* weights, int64_t count, A scale) {
+  A top = -std::numeric_limits<A>::infinity();
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] = scores[i] * scale;
+    top = weights[i] > top ? weights[i] : top;
+  }
+  A sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] = std::exp(weights[i] - top);
+    sum += weights[i];
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] /= sum;
+  }
+}
+
+// The softmax over depth of one query, group by group: sources seen so far weigh exp(logit - top), and `total` together.
+template <typename A>
+struct Running {
+  A top = -std::numeric_limits<A>::infinity();
+  A total = 0;
+
+  // Turns the logits of a group into weights, and returns what the sum over the earlier groups has to be scaled by.
+  A add(A* logits, int64_t count) {
+    A high = top;
+    for (int64_t i = 0; i < count; ++i) {
+      high = logits[i] > high ? logits[i] : high;
+    }
+    // As long as all logits are -inf, so is their maximum, and their difference is no number.
+    const A base = high == -std::numeric_limits<A>::infinity() ? A(0) : high;
+    const A earlier = std::exp(top - base);
+    total *= earlier;
+    for (int64_t i = 0; i < count; ++i) {
+      logits[i] = std::exp(logits[i] - base);
+      total += logits[i];
+    }
+    top = high;
+    return earlier;
+  }
+};
+
+// One group's part of a weighted sum of rows. `sum` [padded] is carried from group to group: taken times `earlier` unless
+// this is the first, and kept unless `out` is given, which receives the sum times `scale` (and gain, if there is one).
+template <typename T>
+struct Group {
+  const T* const* rows;
+  const Acc<T>* weights;
+  int64_t count;
+  bool first;
+  Acc<T> earlier;
+  Acc<T>* sum;
+  T* out;
+  Acc<T> scale;
+  const Acc<T>* gain;
+};
+
+template <typename T, int Chunks, bool Whole>
+inline void add_group_at(const Group<T>& g, int64_t column, int64_t left) {
+  using S = Storage<T>;
+  using Vec = typename S::Vec;
+  Vec sums[Chunks][2], low, high;
+  const Vec earlier(g.earlier);
+  for (int k = 0; k < Chunks; ++k) {
+    const Acc<T>* from = g.sum + column + k * S::chunk;
+    sums[k][0] = g.first ? Vec(0) : earlier * Vec::loadu(from);
+    sums[k][1] = g.first ? Vec(0) : earlier * Vec::loadu(from + S::width);
+  }
+  for (int64_t i = 0; i < g.count; ++i) {
+    const Vec weight(g.weights[i]);
+    for (int k = 0; k < Chunks; ++k) {
+      const T* from = g.rows[i] + column + k * S::chunk;
+      Whole ? S::load(from, low, high) : S::load(from, left, low, high);
+      sums[k][0] = at::vec::fmadd(weight, low, sums[k][0]);
+      sums[k][1] = at::vec::fmadd(weight, high, sums[k][1]);
+    }
+  }
+  const Vec scale(g.scale);
+  for (int k = 0; k < Chunks; ++k) {
+    const int64_t at = column + k * S::chunk;
+    if (g.out == nullptr) {
+      sums[k][0].store(g.sum + at);
+      sums[k][1].store(g.sum + at + S::width);
+      continue;
+    }
+    low = scale * sums[k][0];
+    high = scale * sums[k][1];
+    if (g.gain != nullptr) {
+      low = low * Vec::loadu(g.gain + at);
+      high = high * Vec::loadu(g.gain + at + S::width);
+    }
+    Whole ? S::store(g.out + at, low, high) : S::store(g.out + at, left, low, high);
+  }
+}
+
+template <typename T>
+inline void add_group(const Group<T>& g, int64_t width) {
+  constexpr int64_t chunk = Storage<T>::chunk;
+  int64_t column = 0;
+  for (; column + 2 * chunk <= width; column += 2 * chunk) {
+    add_group_at<T, 2, true>(g, column, 0);
+  }
+  if (column + chunk <= width) {
+    add_group_at<T, 1, true>(g, column, 0);
+    column += chunk;
+  }
+  if (column < width) {
+    add_group_at<T, 1, false>(g, column, width - column);
+  }
+}
+
+// What the gradients of one position are made of. Per query m (of `queries`) and source i, at [m * count + i]:
+// value[] multiplies value_grad, key[] multiplies the folded query; per source, shrink[] multiplies the row itself.
+template <typename T>
+struct Gradient {
+  int64_t count, queries, width, padded;
+  const Acc<T>* value;
+  const Acc<T>* key;
+  const Acc<T>* shrink;
+  const Acc<T>* keyed;       // [queries, padded]: query * gain
+  const Acc<T>* value_grad;  // [queries, padded]: the gradient of the sum of the values
+  const Acc<T>* row_grad;    // [queries, padded]: the same without the gain; null where the gain has no part in values
+  Acc<T>* keyed_sum;         // [queries, padded], added to: the gradient of keyed
+  Acc<T>* gain_sum;          // [queries, padded], added to: what the values contribute to the gradient of the gain
+};
+
+// One source, one chunk of columns: its gradient, and its part of the sums over sources and positions.
+template <typename T, bool One, bool Gain, bool Whole>
+inline void source_grad_at(const Gradient<T>& g, int64_t i, const T* row, T* out, int64_t column, int64_t left) {
+  using S = Storage<T>;
+  using Vec = typename S::Vec;
+  Vec low, high;
+  Whole ? S::load(row + column, low, high) : S::load(row + column, left, low, high);
+  const Vec shrink(-g.shrink[i]);
+  Vec grad0 = shrink * low, grad1 = shrink * high;
+  const int64_t queries = One ? 1 : g.queries;
+  for (int64_t m = 0; m < queries; ++m) {
+    const int64_t at = m * g.padded + column;
+    const Vec key(g.key[m * g.count + i]), value(g.value[m * g.count + i]);
+    grad0 = at::vec::fmadd(value, Vec::loadu(g.value_grad + at), grad0);
+    grad1 = at::vec::fmadd(value, Vec::loadu(g.value_grad + at + S::width), grad1);
+    grad0 = at::vec::fmadd(key, Vec::loadu(g.keyed + at), grad0);
+    grad1 = at::vec::fmadd(key, Vec::loadu(g.keyed + at + S::width), grad1);
+    at::vec::fmadd(key, low, Vec::loadu(g.keyed_sum + at)).store(g.keyed_sum + at);
+    at::vec::fmadd(key, high, Vec::loadu(g.keyed_sum + at + S::width)).store(g.keyed_sum + at + S::width);
+    if constexpr (Gain) {
+      const Vec pull0 = value * Vec::loadu(g.row_grad + at), pull1 = value * Vec::loadu(g.row_grad + at + S::width);
+      at::vec::fmadd(pull0, low, Vec::loadu(g.gain_sum + at)).store(g.gain_sum + at);
+      at::vec::fmadd(pull1, high, Vec::loadu(g.gain_sum + at + S::width)).store(g.gain_sum + at + S::width);
+    }
+  }
+  Whole ? S::store(out + column, grad0, grad1) : S::store(out + column, left, grad0, grad1);
+}
+
+// All source gradients of one position. Row after row, so that the hardware sees streams; in blocks of columns, so that
+// what all rows share (the gradient, the query, the sums) stays in the first-level cache.
+template <typename T, bool One, bool Gain>
+inline void source_grads(const Gradient<T>& g, const T* const* rows, T* const* outs) {
+  constexpr int64_t chunk = Storage<T>::chunk, block = 1024;
+  for (int64_t begin = 0; begin < g.width; begin += block) {
+    const int64_t end = std::min(begin + block, g.width);
+    for (int64_t i = 0; i < g.count; ++i) {
+      int64_t column = begin;
+      for (; column + chunk <= end; column += chunk) {
+        source_grad_at<T, One, Gain, true>(g, i, rows[i], outs[i], column, 0);
+      }
+      if (column < end) {
+        source_grad_at<T, One, Gain, false>(g, i, rows[i], outs[i], column, end - column);
+      }
+    }
+  }
+}
+
+} // namespace attnres

@@ -1,0 +1,229 @@
+"""The native CPU kernels: conformance, equality with the reference, determinism over threads, and how they are built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance import CHECKS, HALF, ROUNDING, Check, Implementation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attnres_fx.runtime.cpu import build, native
+from attnres_fx.runtime.mix import MIX, MIX_BACKWARD, MIX_BACKWARD_REFERENCE, MIX_REFERENCE, mix
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None and not build.library_path().exists(),
+                                    reason="no C++ compiler here, and no library built before")
+FAMILY = frozenset({"logit_scale", "normalize_values", "output_factor"})
+NATIVE = Implementation("native", mix, options=FAMILY, dtypes=tuple(ROUNDING), queries=True)
+REFERENCE = Implementation("reference", MIX_REFERENCE, options=FAMILY, dtypes=tuple(ROUNDING), queries=True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        yield
+
+
+@needs_compiler
+def test_the_kernels_are_native() -> None:
+    assert native.ensure(), native.state().reason
+    assert Path(native.state().library) == build.library_path()
+    for name in ("attnres::mix", "attnres::mix_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+
+
+@needs_compiler
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_conformance(check: Check) -> None:
+    assert native.ensure()
+    check.run(NATIVE)
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if check.case.count < 10][::5], ids=str)
+def test_conformance_of_the_reference(check: Check) -> None:
+    check.run(REFERENCE)
+
+
+def compare(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> None:
+    """Native against reference: metadata exactly, numbers to rounding."""
+    options = (*options, *(1e-6, 1.0, False, 1.0)[len(options):])
+    got, want = MIX(sources, query, key_gain, *options), MIX_REFERENCE(sources, query, key_gain, *options)
+    cotangent = torch.randn(want.shape).to(want.dtype)
+    pairs = [(got, want), *zip(MIX_BACKWARD(cotangent, sources, query, key_gain, *options),
+                               MIX_BACKWARD_REFERENCE(cotangent, sources, query, key_gain, *options), strict=True)]
+    for a, b in pairs:
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        rtol = 2 * ROUNDING[a.dtype] if a.dtype in HALF else 1e-4 if a.dtype == torch.float32 else 1e-9
+        scale = max(1.0, b.double().abs().max().item()) if b.numel() else 1.0
+        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=rtol * scale)
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_call_agrees_with_the_reference(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**20)))
+    leading = data.draw(st.lists(st.integers(0, 4), max_size=3))
+    width = data.draw(st.one_of(st.integers(2, 70), st.sampled_from([127, 513, 1000])))
+    dtype = data.draw(st.sampled_from(list(ROUNDING)))
+    queries, gain = data.draw(st.sampled_from([None, 1, 3])), data.draw(st.sampled_from([None, "one", "same"]))
+    sources = []
+    for _ in range(data.draw(st.integers(1, 20))):
+        source = torch.randn(*leading, width).to(dtype)
+        order = data.draw(st.permutations(range(len(leading))))
+        inverse = sorted(range(len(leading)), key=order.__getitem__)
+        sources.append(source.permute(*order, len(leading)).contiguous().permute(*inverse, len(leading)))
+    query = torch.randn(*([] if queries is None else [queries]), width) / width**0.5
+    key_gain = None if gain is None else torch.rand(query.shape if gain == "same" else (width,)) + 0.5
+    compare(sources, query, key_gain, data.draw(st.sampled_from([1e-6, 1e-2])), data.draw(st.floats(-2, 2, width=16)),
+            data.draw(st.booleans()), data.draw(st.floats(-2, 2, width=16)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    """The pieces of the reduction depend on the input alone."""
+    sources = [torch.randn(700, 64).to(dtype) for _ in range(5)]
+    query, key_gain, cotangent = torch.randn(64), torch.rand(64), torch.randn(700, 64).to(dtype)
+    options = (1e-6, 1.0, True, 1.0)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append([MIX(sources, query, key_gain, *options),
+                         *MIX_BACKWARD(cotangent, sources, query, key_gain, *options)])
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
+def test_what_the_kernels_do_not_take_runs_on_the_reference(dtypes: tuple[torch.dtype, ...]) -> None:
+    assert native.ensure()
+    mixed, query = [torch.randn(4, 24).to(dtype) for dtype in dtypes], torch.randn(24)
+    assert torch.equal(mix(mixed, query), MIX_REFERENCE(mixed, query, None))
+    with pytest.raises(ValueError, match=r"sources\[1\] has the shape"):
+        mix([torch.ones(2, 24), torch.ones(3, 24)], query)
+    with pytest.raises(ValueError, match="eps must not be negative"):
+        mix(mixed, query, eps=-1.0)
+    with pytest.raises(ValueError, match="grad has the shape"):
+        MIX_BACKWARD(torch.ones(3), [torch.ones(2, 24)] * 2, query, None, 1e-6, 1.0, False, 1.0)
+
+
+@needs_compiler
+def test_logits_that_overflow_are_treated_as_softmax_does() -> None:
+    big = torch.full((2, 16), 1e38)
+    sources = [big, -big, torch.ones(2, 16)] * 9  # enough for several groups, the first of which weighs nothing
+    for query in (torch.full((16,), 1e30), torch.full((16,), -1e30), torch.full((16,), float("inf"))):
+        got, want = mix(sources, query), MIX_REFERENCE(sources, query, None)
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@needs_compiler
+def test_rows_beyond_the_cache_and_groups() -> None:
+    compare([torch.randn(3, 8192) for _ in range(7)], torch.randn(8192) / 90, torch.rand(8192))
+    compare([torch.randn(2, 5000) for _ in range(40)], torch.randn(3, 5000) / 70, torch.rand(5000), 1e-6, 1.0, True, 2.0)
+
+
+# Building
+
+
+def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False,
+                          env={**os.environ, "ATTNRES_CACHE_DIR": str(cache), **environment})
+
+
+TWO_CALLS = ("import torch, attnres_fx\nfrom attnres_fx.runtime.cpu import native\n"
+             "x, q = [torch.randn(2, 8) for _ in range(3)], torch.randn(8)\n"
+             "attnres_fx.mix(x, q), attnres_fx.mix(x, q)\nprint(native.state().status)\n")
+
+
+@pytest.mark.parametrize("compiler", ["", "false"])
+def test_without_a_working_compiler_there_is_one_warning_and_the_reference(tmp_path: Path, compiler: str) -> None:
+    environment = {"CXX": compiler} if compiler else {"CXX": "no-such-compiler"}
+    done = run(TWO_CALLS, tmp_path, **environment)
+    assert done.stdout.split() == ["unavailable"], done.stderr
+    assert done.stderr.count("NativeKernelsWarning") == 1
+    assert ("exit code 1" if compiler else "no C++ compiler was found (no-such-compiler)") in done.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_named_in_the_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run(TWO_CALLS, tmp_path / "file" / "below")
+    assert done.stdout.split() == ["unavailable"], done.stderr
+    assert "Not a directory" in done.stderr and "ATTNRES_CACHE_DIR" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "ATTNRES_CACHE_DIR": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", TWO_CALLS], stdout=subprocess.PIPE, text=True, env=environment)
+            for _ in range(2)]
+    assert [process.communicate(timeout=300)[0].split() for process in both] == [["ready"], ["ready"]]
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".so"]
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_a_warning(tmp_path: Path) -> None:
+    code = ("import attnres_fx, torch\nfrom attnres_fx.runtime.cpu import build\n"
+            "build.library_path().write_bytes(b'not a library' * 1000)\n") + TWO_CALLS
+    done = run(code, tmp_path)
+    assert done.stdout.split() == ["unavailable"], done.stderr
+    assert "cannot be loaded" in done.stderr and "invalid ELF header" in done.stderr
+
+
+def test_the_name_of_the_library_tells_sources_and_flags_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {build.library_path()}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NO AVX")
+    names.add(build.library_path())
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    names.add(build.library_path())
+    (tmp_path / "mix_cpu.cpp").write_text("// other")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    names.add(build.library_path())
+    monkeypatch.setenv("ATTNRES_CACHE_DIR", "/elsewhere")
+    names.add(build.library_path())
+    assert len(names) == 5
+
+
+def test_a_library_in_place_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNRES_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+        build.build()
+    build.library_path().write_bytes(b"")
+    assert build.build() == build.library_path()
+
+
+@needs_compiler
+def test_a_call_with_nothing_to_record_runs_no_python() -> None:
+    """Compiled graphs dispatch through the autograd key on every call; it is answered in C++, or a call costs twice."""
+    assert native.ensure()
+    sources, query = [torch.randn(2, 8, requires_grad=True) for _ in range(3)], torch.randn(8, requires_grad=True)
+    cotangent, entered = torch.randn(2, 8), []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            entered.append(Path(frame.f_code.co_filename).name)
+
+    with torch.no_grad():
+        sys.setprofile(note)
+        try:
+            MIX(sources, query, None)
+            MIX_BACKWARD(cotangent, sources, query, None, 1e-6, 1.0, False, 1.0)
+        finally:
+            sys.setprofile(None)
+    assert "mix.py" not in entered and "reference.py" not in entered
