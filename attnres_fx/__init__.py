@@ -18,6 +18,7 @@ _HOMES = {
     "ResidualStream": "attnres_fx.report",
     "convert": "attnres_fx.conversion",
     "depth_weights": "attnres_fx.verification",
+    "kernels": "attnres_fx.kernel_table",
     "load": "attnres_fx.persistence",
     "mix": "attnres_fx.runtime.mix",
     "save": "attnres_fx.persistence",
@@ -36,6 +37,7 @@ __all__ = [
     "convert",
     "depth_weights",
     "errors",
+    "kernels",
     "load",
     "mix",
     "save",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from attnres_fx.analysis import analyze
     from attnres_fx.conversion import convert
     from attnres_fx.errors import AttnResError
+    from attnres_fx.kernel_table import kernels
     from attnres_fx.persistence import load, save
     from attnres_fx.report import Report, ResidualStream
     from attnres_fx.runtime.mix import mix

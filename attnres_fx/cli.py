@@ -1,4 +1,4 @@
-"""The command line: ``attnres inspect``, ``attnres transform``, ``attnres verify``.
+"""The command line: ``attnres inspect``, ``attnres transform``, ``attnres verify``, ``attnres doctor``.
 
 Nothing heavy is imported before a command runs, so that the help is there at once. Results go to stdout; whatever a
 user's code prints goes to stderr. Exit codes: 0 good, 1 a check failed, 2 bad input or a refused model, with one line.
@@ -187,6 +187,19 @@ def verify(
     else:
         print(result)
     raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say which kernels will be used here, and why; build the native ones if need be. Exit code 1 if they do not work."""
+    from attnres_fx.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        _print_json(diagnosis.to_dict())
+    else:
+        print(diagnosis)
+    raise typer.Exit(0 if diagnosis.native else 1)
 
 
 def _open(source: str) -> Source:

@@ -11,6 +11,7 @@ from attnres_fx.passes.plan import MIX_SCALES
 from attnres_fx.runtime.errors import OptionError
 
 DOWNSTREAMS = ("inductor", "aot_eager", "eager")
+KERNELS = ("auto", "native", "reference")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Options:
         plain model while it is compiled. A converted model has them fixed; giving others is an error.
     downstream: who compiles the rewritten graph: "inductor", or for debugging "aot_eager" or "eager".
     inductor: configuration patches handed on to Inductor.
+    kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
+        kernels are not available; "reference", plain torch operations.
     """
 
     num_blocks: int | None = None
@@ -29,6 +32,7 @@ class Options:
     eps: float | None = None
     downstream: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    kernels: str = "auto"
 
     @staticmethod
     def from_arguments(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -51,6 +55,8 @@ class Options:
     def _check(self) -> None:
         if self.downstream not in DOWNSTREAMS:
             raise OptionError(f"downstream is {self.downstream!r}", remedy=f"give one of {', '.join(DOWNSTREAMS)}")
+        if self.kernels not in KERNELS:
+            raise OptionError(f"kernels is {self.kernels!r}", remedy=f"give one of {', '.join(KERNELS)}")
         if self.mix_scale is not None and self.mix_scale not in MIX_SCALES:
             raise OptionError(f"mix_scale is {self.mix_scale!r}", remedy="give 'paper' or 'sum'")
         if not isinstance(self.inductor, Mapping):

@@ -105,8 +105,8 @@ def _compile(command: list[str], library: Path) -> None:
         object_file, result = Path(work) / "mix.o", Path(work) / "mix.so"
         compiling = [*command, *(flag for flag in _flags() if flag != "-shared"), "-isystem", str(home / "include"), "-c",
                      str(SOURCES / _MAIN), "-o", str(object_file)]
-        linking = [*command, "-shared", str(object_file), "-o", str(result), f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", "-Wl,--no-undefined",
-                   *([str(own[0])] if own else ["-fopenmp"])]
+        linking = [*command, "-shared", "-Wl,--no-undefined", str(object_file), "-o", str(result), f"-L{home / 'lib'}",
+                   "-lc10", "-ltorch_cpu", *([str(own[0])] if own else ["-fopenmp"])]
         for step in (compiling, linking):
             _run(step)
         result.replace(library)

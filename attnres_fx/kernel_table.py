@@ -1,0 +1,72 @@
+"""Which implementation serves a mix, by device, dtype and shape, and why: one table, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_NATIVE_DTYPES = "float32, bfloat16, float16, float64; one dtype for all sources"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row: calls on ``device`` with these ``dtypes`` and ``shapes`` run on ``implementation``, because of ``reason``."""
+
+    device: str
+    dtypes: str
+    shapes: str
+    implementation: str
+    reason: str
+
+
+class KernelTable(tuple[Kernel, ...]):
+    """The rows, most specific first: the first that fits a call is the one that serves it. ``print`` shows a table."""
+
+    __slots__ = ()
+
+    def __new__(cls, rows: Iterable[Kernel]) -> KernelTable:
+        return super().__new__(cls, tuple(rows))
+
+    def table(self) -> Any:
+        """The rows as a rich table."""
+        from rich.table import Table
+
+        table = Table("device", "dtypes of the sources", "shapes", "kernel", "why")
+        for row in self:
+            table.add_row(row.device, row.dtypes, row.shapes, row.implementation, row.reason)
+        return table
+
+    def __str__(self) -> str:
+        from attnres_fx.report import render
+
+        return render(self.table())
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self]
+
+
+def kernels() -> KernelTable:
+    """What serves ``attnres_fx.mix`` and compiled models here, forward and backward. Builds and loads nothing.
+
+    ``torch.compile(model, backend="attnres", options={"kernels": "reference"})`` overrules it for one model.
+    """
+    from attnres_fx.runtime.cpu import build, native
+
+    state = native.state()
+    reason = {
+        "ready": "compiled C++, loaded",
+        "not loaded": "compiled C++, loaded at the first call" if build.library_path().exists()
+        else "C++, compiled once at the first call",
+        "unavailable": f"the native kernels are not available: {state.reason}",
+    }[state.status]
+    if state.status == "not loaded" and not build.library_path().exists() and build.compiler() is None:
+        implementation, reason = "reference", "no C++ compiler was found to build the native kernels with"
+    else:
+        implementation = "reference" if state.status == "unavailable" else "native"
+    return KernelTable([
+        Kernel("cpu", "any", "one source, raw values", "reference", "the mix of one source is a copy"),
+        Kernel("cpu", _NATIVE_DTYPES, "any", implementation, reason),
+        Kernel("cpu", "several dtypes among the sources", "any", "reference", "native kernels read rows of one dtype"),
+        Kernel("any other", "any", "any", "reference", "there is no kernel for other devices yet"),
+    ])
