@@ -84,7 +84,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest value it takes
 
 
 def pointers(tensors: Sequence[Tensor]) -> Any:

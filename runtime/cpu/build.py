@@ -92,7 +92,7 @@ def build() -> Path:
 
 def _flags() -> list[str]:
     chosen = capability()
-    return ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-w",
+    return ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-w",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-DCPU_CAPABILITY={chosen}",
             *_VECTOR_FLAGS.get(chosen, [])]
 

@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <new>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -19,6 +23,26 @@ using Tensors = c10::SmallVector<at::Tensor, 24>;
 
 // Work of about this many elements is worth waking a thread.
 constexpr int64_t kGrain = 32768;
+
+// While one lives, results too small for a normal number become zero, on this thread. A sharp softmax makes many of them
+// (weights of 1e-40), and a processor takes some hundred cycles for each; what is lost is below 2e-38.
+class FlushTiny {
+ public:
+#if defined(__SSE2__)
+  FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000); }
+  ~FlushTiny() { _mm_setcsr(before_); }
+
+ private:
+  unsigned int before_;
+#else
+  FlushTiny() {}
+  ~FlushTiny() {}
+
+ public:
+#endif
+  FlushTiny(const FlushTiny&) = delete;
+  FlushTiny& operator=(const FlushTiny&) = delete;
+};
 
 template <typename A>
 class Buffer {
@@ -180,24 +204,31 @@ void widen_as(const at::Tensor& from, A* to, int64_t padded) {
   }
 }
 
-// A parameter [d] or [M, d] in the statistics' type, rows padded with zeros.
-template <typename A>
-void widen(const at::Tensor& from, A* to, int64_t padded) {
+// A parameter [d] or [M, d] in the statistics' type, rows padded with zeros and arranged for rows of T.
+template <typename T>
+void widen(const at::Tensor& from, Acc<T>* to, int64_t padded) {
   switch (from.scalar_type()) {
     case at::kFloat:
-      return widen_as<A, float>(from, to, padded);
+      widen_as<Acc<T>, float>(from, to, padded);
+      break;
     case at::kDouble:
-      return widen_as<A, double>(from, to, padded);
+      widen_as<Acc<T>, double>(from, to, padded);
+      break;
     case at::kHalf:
-      return widen_as<A, at::Half>(from, to, padded);
+      widen_as<Acc<T>, at::Half>(from, to, padded);
+      break;
     default:
-      return widen_as<A, at::BFloat16>(from, to, padded);
+      widen_as<Acc<T>, at::BFloat16>(from, to, padded);
+  }
+  for (int64_t m = 0; m < from.numel() / from.size(-1); ++m) {
+    arrange<T>(to + m * padded, padded);
   }
 }
 
 // Query, gain and their product, one padded row a query.
-template <typename A>
+template <typename T>
 struct Parameters {
+  using A = Acc<T>;
   int64_t queries, padded;
   Buffer<A> query, gain_rows, product;
   bool has_gain, gain_per_query;
@@ -210,9 +241,9 @@ struct Parameters {
         product(a.gain == nullptr ? 0 : queries * padded),
         has_gain(a.gain != nullptr),
         gain_per_query(has_gain && a.gain->dim() == 2) {
-    widen(a.query, query.get(), padded);
+    widen<T>(a.query, query.get(), padded);
     if (has_gain) {
-      widen(*a.gain, gain_rows.get(), padded);
+      widen<T>(*a.gain, gain_rows.get(), padded);
       for (int64_t m = 0; m < queries; ++m) {
         A* to = product.get() + m * padded;
         for (int64_t j = 0; j < padded; ++j) {

@@ -82,7 +82,7 @@ void coefficients(
 // The rows of one piece: their source gradients, and their share of the sums over positions.
 template <typename T>
 void backward_rows(
-    const Arguments& a, const Parameters<Acc<T>>& parameters, const c10::SmallVector<Rows, 16>& places, const Rows& grad,
+    const Arguments& a, const Parameters<T>& parameters, const c10::SmallVector<Rows, 16>& places, const Rows& grad,
     const Tensors& outs, Acc<T>* keyed_sum, Acc<T>* gain_sum, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t count = a.count(), width = a.width(), rows = a.rows();
@@ -144,9 +144,13 @@ void round_as(const A* from, const at::Tensor& to, int64_t padded) {
   }
 }
 
-// A gradient of the shape and dtype of `like`, rounded from padded rows.
-template <typename A>
-at::Tensor rounded(const A* from, const at::Tensor& like, int64_t padded) {
+// A gradient of the shape and dtype of `like`, rounded from padded rows that are arranged for T; they are restored.
+template <typename T>
+at::Tensor rounded(Acc<T>* from, const at::Tensor& like, int64_t padded) {
+  using A = Acc<T>;
+  for (int64_t m = 0; m < like.numel() / like.size(-1); ++m) {
+    restore<T>(from + m * padded, padded);
+  }
   at::Tensor result = at::detail::empty_cpu(like.sizes(), like.scalar_type());
   switch (like.scalar_type()) {
     case at::kFloat:
@@ -181,11 +185,12 @@ Tensors backward(const at::Tensor& incoming, const Arguments& a) {
   Tensors keep;
   const auto places = rows_of(a, keep);
   const Rows grad_rows(grad);
-  const Parameters<A> parameters(a, padded);
+  const Parameters<T> parameters(a, padded);
   const int64_t size = parameters.queries * padded;
   const Partial<A> partial(rows, size, a.options.normalize && a.gain != nullptr);
   const int64_t grain = kGrain / std::max<int64_t>(1, partial.per_piece * count * width);
   at::parallel_for(0, partial.pieces, std::max<int64_t>(1, grain), [&](int64_t first, int64_t last) {
+    const FlushTiny flush;
     for (int64_t piece = first; piece < last; ++piece) {
       const int64_t begin = piece * partial.per_piece, end = std::min(rows, begin + partial.per_piece);
       partial.clear(piece);
@@ -198,20 +203,20 @@ Tensors backward(const at::Tensor& incoming, const Arguments& a) {
 
   A *keyed = partial.keyed(0), *values = partial.gain(0);
   if (a.gain == nullptr) {
-    outs.push_back(rounded(keyed, a.query, padded));
+    outs.push_back(rounded<T>(keyed, a.query, padded));
     return outs;
   }
   Buffer<A> gain(size, true);
   for (int64_t m = 0; m < parameters.queries; ++m) {
     A* to = gain.get() + (parameters.gain_per_query ? m * padded : 0);
-    for (int64_t j = 0; j < width; ++j) {
+    for (int64_t j = 0; j < padded; ++j) {
       const int64_t at = m * padded + j;
       to[j] += keyed[at] * parameters.query.get()[at] + (values == nullptr ? A(0) : values[at]);
       keyed[at] *= parameters.gain(m)[j];
     }
   }
-  outs.push_back(rounded(keyed, a.query, padded));
-  outs.push_back(rounded(gain.get(), *a.gain, padded));
+  outs.push_back(rounded<T>(keyed, a.query, padded));
+  outs.push_back(rounded<T>(gain.get(), *a.gain, padded));
   return outs;
 }
 

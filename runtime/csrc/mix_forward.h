@@ -26,7 +26,7 @@ at::Tensor forward(const Arguments& a) {
   Tensors keep;
   const auto places = rows_of(a, keep);
   const int64_t padded = padded_width<T>(width);
-  const Parameters<A> parameters(a, padded);
+  const Parameters<T> parameters(a, padded);
   T* out = static_cast<T*>(result.mutable_data_ptr());
   const A eps = static_cast<A>(a.options.eps), scale = static_cast<A>(a.options.logit_scale);
   const A factor = static_cast<A>(a.options.factor);
@@ -34,6 +34,7 @@ at::Tensor forward(const Arguments& a) {
   const int64_t group = std::max<int64_t>(1, kGroupBytes / (width * static_cast<int64_t>(sizeof(T))));
 
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / (count * width)), [&](int64_t begin, int64_t end) {
+    const FlushTiny flush;
     c10::SmallVector<const T*, 32> here(count), next(count);
     c10::SmallVector<A, 64> inverse(count), logits(queries * count);
     Buffer<A> sums(count > group ? queries * padded : 0);

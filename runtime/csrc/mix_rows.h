@@ -16,23 +16,34 @@
 #include <ATen/cpu/vec/functional_bfloat16.h>
 #include <ATen/cpu/vec/vec.h>
 
+// A small function called several times is else not inlined, and its vectors go through memory.
+#define ATTNRES_INLINE __attribute__((always_inline))
+
 namespace attnres {
 
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Two vectors of the statistics' type at a time: what one vector of a two-byte type widens to.
+// Two vectors of the statistics' type at a time: what one vector of a two-byte type widens to. For bfloat16 these are the
+// even and the odd elements, which a shift and a mask give without moving anything between lanes; buffers of the
+// statistics' type are kept in that order too (arrange, restore).
 template <typename T>
 struct Storage {
   using Vec = at::vec::Vectorized<Acc<T>>;
   static constexpr int64_t width = Vec::size();
   static constexpr int64_t chunk = 2 * width;
   static constexpr bool wide = std::is_same_v<T, Acc<T>>;
+  static constexpr bool alternating = std::is_same_v<T, at::BFloat16>;
 
   static inline void load(const T* from, Vec& low, Vec& high) {
     if constexpr (wide) {
       low = Vec::loadu(from);
       high = Vec::loadu(from + width);
+    } else if constexpr (alternating) {
+      using Bits = at::vec::Vectorized<int32_t>;
+      const Bits bits = Bits::loadu(from);
+      low = at::vec::cast<float>(bits << Bits(16));
+      high = at::vec::cast<float>(bits & Bits(static_cast<int32_t>(0xffff0000)));
     } else {
       std::tie(low, high) = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
     }
@@ -42,6 +53,9 @@ struct Storage {
     if constexpr (wide) {
       low.store(to);
       high.store(to + width);
+    } else if constexpr (alternating) {
+      const auto [first, second] = at::vec::interleave2(low, high);
+      at::vec::convert_from_float<T>(first, second).store(to);
     } else {
       at::vec::convert_from_float<T>(low, high).store(to);
     }
@@ -60,6 +74,33 @@ struct Storage {
     std::memcpy(static_cast<void*>(to), padded, count * sizeof(T));
   }
 };
+
+// A padded row from the order of its elements into that of load, and back.
+template <typename T>
+inline void arrange(Acc<T>* row, int64_t padded) {
+  using S = Storage<T>;
+  if constexpr (S::alternating) {
+    for (int64_t column = 0; column < padded; column += S::chunk) {
+      const auto [even, odd] =
+          at::vec::deinterleave2(S::Vec::loadu(row + column), S::Vec::loadu(row + column + S::width));
+      even.store(row + column);
+      odd.store(row + column + S::width);
+    }
+  }
+}
+
+template <typename T>
+inline void restore(Acc<T>* row, int64_t padded) {
+  using S = Storage<T>;
+  if constexpr (S::alternating) {
+    for (int64_t column = 0; column < padded; column += S::chunk) {
+      const auto [first, second] =
+          at::vec::interleave2(S::Vec::loadu(row + column), S::Vec::loadu(row + column + S::width));
+      first.store(row + column);
+      second.store(row + column + S::width);
+    }
+  }
+}
 
 template <typename T>
 constexpr int64_t padded_width(int64_t width) {
@@ -95,7 +136,7 @@ inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int
       }
     }
   }
-  const auto add = [&](int half, int64_t column, const Vec& low, const Vec& high) {
+  const auto add = [&](int half, int64_t column, const Vec& low, const Vec& high) ATTNRES_INLINE {
     acc[half][0][0] = at::vec::fmadd(low, low, acc[half][0][0]);
     acc[half][1][0] = at::vec::fmadd(high, high, acc[half][1][0]);
     for (int k = 0; k < Count; ++k) {
@@ -200,54 +241,61 @@ struct Group {
   const Acc<T>* gain;
 };
 
+// The sums are variables of their own, and visited by `each`, so that they stay in registers; an array of them is written
+// to memory at every step and costs twice the time.
 template <typename T, int Chunks, bool Whole>
 inline void add_group_at(const Group<T>& g, int64_t column, int64_t left) {
   using S = Storage<T>;
   using Vec = typename S::Vec;
-  Vec sums[Chunks][2], low, high;
+  Vec low0, high0, low1, high1, low2, high2, low3, high3;
+  const auto each = [&](const auto& visit) ATTNRES_INLINE {
+    visit(low0, high0, column);
+    if constexpr (Chunks == 4) {
+      visit(low1, high1, column + S::chunk);
+      visit(low2, high2, column + 2 * S::chunk);
+      visit(low3, high3, column + 3 * S::chunk);
+    }
+  };
   const Vec earlier(g.earlier);
-  for (int k = 0; k < Chunks; ++k) {
-    const Acc<T>* from = g.sum + column + k * S::chunk;
-    sums[k][0] = g.first ? Vec(0) : earlier * Vec::loadu(from);
-    sums[k][1] = g.first ? Vec(0) : earlier * Vec::loadu(from + S::width);
-  }
+  each([&](Vec& sum_low, Vec& sum_high, int64_t at) ATTNRES_INLINE {
+    sum_low = g.first ? Vec(0) : earlier * Vec::loadu(g.sum + at);
+    sum_high = g.first ? Vec(0) : earlier * Vec::loadu(g.sum + at + S::width);
+  });
   for (int64_t i = 0; i < g.count; ++i) {
     const Vec weight(g.weights[i]);
-    for (int k = 0; k < Chunks; ++k) {
-      const T* from = g.rows[i] + column + k * S::chunk;
-      Whole ? S::load(from, low, high) : S::load(from, left, low, high);
-      sums[k][0] = at::vec::fmadd(weight, low, sums[k][0]);
-      sums[k][1] = at::vec::fmadd(weight, high, sums[k][1]);
-    }
+    const T* row = g.rows[i];
+    each([&](Vec& sum_low, Vec& sum_high, int64_t at) ATTNRES_INLINE {
+      Vec low, high;
+      Whole ? S::load(row + at, low, high) : S::load(row + at, left, low, high);
+      sum_low = at::vec::fmadd(weight, low, sum_low);
+      sum_high = at::vec::fmadd(weight, high, sum_high);
+    });
   }
   const Vec scale(g.scale);
-  for (int k = 0; k < Chunks; ++k) {
-    const int64_t at = column + k * S::chunk;
+  each([&](Vec& sum_low, Vec& sum_high, int64_t at) ATTNRES_INLINE {
     if (g.out == nullptr) {
-      sums[k][0].store(g.sum + at);
-      sums[k][1].store(g.sum + at + S::width);
-      continue;
+      sum_low.store(g.sum + at);
+      sum_high.store(g.sum + at + S::width);
+      return;
     }
-    low = scale * sums[k][0];
-    high = scale * sums[k][1];
+    Vec low = scale * sum_low, high = scale * sum_high;
     if (g.gain != nullptr) {
       low = low * Vec::loadu(g.gain + at);
       high = high * Vec::loadu(g.gain + at + S::width);
     }
     Whole ? S::store(g.out + at, low, high) : S::store(g.out + at, left, low, high);
-  }
+  });
 }
 
 template <typename T>
 inline void add_group(const Group<T>& g, int64_t width) {
   constexpr int64_t chunk = Storage<T>::chunk;
   int64_t column = 0;
-  for (; column + 2 * chunk <= width; column += 2 * chunk) {
-    add_group_at<T, 2, true>(g, column, 0);
+  for (; column + 4 * chunk <= width; column += 4 * chunk) {
+    add_group_at<T, 4, true>(g, column, 0);
   }
-  if (column + chunk <= width) {
+  for (; column + chunk <= width; column += chunk) {
     add_group_at<T, 1, true>(g, column, 0);
-    column += chunk;
   }
   if (column < width) {
     add_group_at<T, 1, false>(g, column, width - column);
