@@ -1,0 +1,368 @@
+"""The backward kernels.
+
+``mix_backward`` holds all source rows of a tile in registers: each is loaded once. Where they do not fit, or where there
+are more sources than one launch takes, ``mix_scores`` and ``mix_source_grads`` read them once each, and the softmax over
+depth between them is a few scalars a row. Query and gain gradients are summed over tokens in a fixed order: every program
+adds up the tiles it walks over and writes one partial row, and ``reduce_parameter_grads`` adds the partial rows. There
+are no atomic additions, so equal inputs give equal bits.
+
+Notation as in runtime/reference.py: u_i = dL/da_i ("pull"), ds_i the gradient of a score.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .forward import inverse_rms, load_keyed, load_rows, load_tile, load_vector, store_tile, tile_of
+
+
+@triton.jit
+def norm_row_grad(
+    grad, mixed, norm_gain, columns, D: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr, ACC: tl.constexpr
+):
+    """The gradient of a tile of rows before the consumer's norm, and the normalised rows."""
+    within = (columns < D)[None, :]
+    if NORM == "layer":
+        mixed = tl.where(within, mixed - (tl.sum(mixed, 1) / D)[:, None], 0.0)
+    scale = inverse_rms(mixed, D, NORM_EPS)[:, None]
+    normed = mixed * scale
+    if norm_gain is not None:
+        grad = grad * load_vector(norm_gain, 0, columns, D, ACC)[None, :]
+    result = grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]
+    if NORM == "layer":
+        result = tl.where(within, result - (tl.sum(grad, 1) / D)[:, None], 0.0)
+    return result * scale, normed
+
+
+@triton.jit
+def store_partial(partial, kind, m, M: tl.constexpr, columns, D: tl.constexpr, total):
+    """One program's sum for one parameter row: partial is [programs, kinds * M, d], contiguous."""
+    kinds: tl.constexpr = 2
+    place = (tl.program_id(0) * kinds + kind) * M + m
+    tl.store(partial + place.to(tl.int64) * D + columns, tl.sum(total, 0), mask=columns < D)
+
+
+@triton.jit
+def mix_backward(
+    grad,
+    grad_stride,
+    grad_query_stride,
+    sources,
+    strides,
+    query,
+    gain,
+    source_grads,
+    priors,
+    partial,
+    norm_gain,
+    norm_partial,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GAIN_PER_QUERY: tl.constexpr,
+    EPS: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    OUTPUT_FACTOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """All gradients of a mix; every source row and every row of the incoming gradient is read once.
+
+    grad: rows [M, tokens, d] by strides (in units of ALIGN elements). source_grads: a tuple of [tokens, d], written.
+    priors: a tuple of [tokens, d] or None, added to the gradients of the sources (it may be the same memory).
+    partial [programs, 2, M, d] in ACC: sums for the folded query and for normalised values' gain. norm_partial
+    [programs, 2, 1, d]: for gain and bias of the consumer's norm, where NORM is "rms" or "layer".
+    """
+    count: tl.constexpr = len(sources)
+    value_gain: tl.constexpr = NORMALIZE and gain is not None
+    columns = tl.arange(0, BLOCK_D)
+    keyed = ()
+    keyed_sums = ()
+    value_sums = ()
+    norm_sums = (tl.zeros([BLOCK_T, BLOCK_D], ACC), tl.zeros([BLOCK_T, BLOCK_D], ACC)) if NORM != "" else ()
+    for m in tl.static_range(M):
+        keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
+        keyed_sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
+        if value_gain:
+            value_sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
+
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
+        rows, columns = tile_of(tile, BLOCK_D, BLOCK_T)
+        exists = rows < tokens
+        places = rows[:, None] * D + columns[None, :]
+        held = ()
+        for i in tl.static_range(count):
+            held += (load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN),)
+        raw_grads = ()
+        for m in tl.static_range(M):
+            base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
+            raw_grads += (load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN),)
+
+        scales = ()
+        scores = ()
+        for i in tl.static_range(count):
+            wide = held[i].to(ACC)
+            scale = tl.where(exists, inverse_rms(wide, D, EPS), 0.0)
+            scales += (scale,)
+            for m in tl.static_range(M):
+                scores += (scale * tl.sum(wide * keyed[m][None, :], 1),)
+
+        # Per query: weights, score gradients and the gradient of the value sum.
+        weights = ()
+        score_grads = ()
+        pulls = ()
+        value_grads = ()
+        old_value_sums = value_sums
+        value_sums = ()
+        for m in tl.static_range(M):
+            peak = LOGIT_SCALE * scores[m]
+            for i in tl.static_range(1, count):
+                peak = tl.maximum(peak, LOGIT_SCALE * scores[i * M + m], propagate_nan=tl.PropagateNan.ALL)
+            total = tl.zeros([BLOCK_T], ACC)
+            powers = ()
+            for i in tl.static_range(count):
+                powers += (tl.exp(LOGIT_SCALE * scores[i * M + m] - peak),)
+                total += powers[i]
+            here = ()
+            for i in tl.static_range(count):
+                here += (powers[i] / total,)
+
+            row_grad = raw_grads[m].to(ACC)
+            if NORM != "" or value_gain:
+                mixed = tl.zeros([BLOCK_T, BLOCK_D], ACC)
+                for i in tl.static_range(count):
+                    mixed += (here[i] * scales[i] if NORMALIZE else here[i])[:, None] * held[i].to(ACC)
+                ungained = mixed
+                if value_gain:
+                    mixed *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
+            if NORM != "":
+                before, normed = norm_row_grad(row_grad, mixed * OUTPUT_FACTOR, norm_gain, columns, D, NORM, NORM_EPS, ACC)
+                norm_sums = (norm_sums[0] + row_grad * normed, norm_sums[1] + row_grad)
+                row_grad = before
+            row_grad *= OUTPUT_FACTOR
+            if value_gain:
+                value_sums += (old_value_sums[m] + row_grad * ungained,)
+                row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
+            value_grads += (row_grad,)
+
+            mean_pull = tl.zeros([BLOCK_T], ACC)
+            own_pulls = ()
+            for i in tl.static_range(count):
+                pull = tl.sum(row_grad * held[i].to(ACC), 1)
+                own_pulls += (pull * scales[i] if NORMALIZE else pull,)
+                mean_pull += here[i] * own_pulls[i]
+            for i in tl.static_range(count):
+                score_grads += (LOGIT_SCALE * here[i] * (own_pulls[i] - mean_pull),)
+            weights += here
+            pulls += own_pulls
+
+        for i in tl.static_range(count):
+            wide = held[i].to(ACC)
+            shrink = tl.zeros([BLOCK_T], ACC)
+            source_grad = tl.zeros([BLOCK_T, BLOCK_D], ACC)
+            if priors[i] is not None:
+                source_grad += load_tile(priors[i] + places, rows, columns, tokens, D).to(ACC)
+            old_keyed_sums = keyed_sums
+            keyed_sums = ()
+            for m in tl.static_range(M):
+                weight = weights[m * count + i]
+                score_grad = score_grads[m * count + i]
+                shrink += score_grad * scores[i * M + m]
+                if NORMALIZE:
+                    shrink += weight * pulls[m * count + i]
+                    weight *= scales[i]
+                key = score_grad * scales[i]
+                source_grad += weight[:, None] * value_grads[m] + key[:, None] * keyed[m][None, :]
+                keyed_sums += (old_keyed_sums[m] + key[:, None] * wide,)
+            source_grad -= (shrink * scales[i] * scales[i] / D)[:, None] * wide
+            store_tile(source_grads[i] + places, source_grad, rows, columns, tokens, D)
+
+    for m in tl.static_range(M):
+        store_partial(partial, 0, m, M, columns, D, keyed_sums[m])
+        if value_gain:
+            store_partial(partial, 1, m, M, columns, D, value_sums[m])
+    if NORM != "":
+        store_partial(norm_partial, 0, 0, 1, columns, D, norm_sums[0])
+        store_partial(norm_partial, 1, 0, 1, columns, D, norm_sums[1])
+
+
+@triton.jit
+def mix_scores(
+    grad,
+    grad_stride,
+    grad_query_stride,
+    sources,
+    strides,
+    query,
+    gain,
+    scales,
+    scores,
+    pulls,
+    first,
+    total_count,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GAIN_PER_QUERY: tl.constexpr,
+    EPS: tl.constexpr,
+    OUTPUT_FACTOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Scalars of some of the sources, ``first`` and on, of ``total_count``.
+
+    scales [total_count, tokens]: inverse root mean squares. scores, pulls [M, total_count, tokens]. All in ACC.
+    """
+    count: tl.constexpr = len(sources)
+    rows, columns = tile_of(tl.program_id(0), BLOCK_D, BLOCK_T)
+    exists = rows < tokens
+    keyed = ()
+    value_grads = ()
+    for m in tl.static_range(M):
+        keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
+        base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
+        row_grad = load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN).to(ACC) * OUTPUT_FACTOR
+        if NORMALIZE and gain is not None:
+            row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
+        value_grads += (row_grad,)
+    for i in tl.static_range(count):
+        wide = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN).to(ACC)
+        scale = tl.where(exists, inverse_rms(wide, D, EPS), 0.0)
+        tl.store(scales + (first + i) * tl.cast(tokens, tl.int64) + rows, scale, mask=exists)
+        for m in tl.static_range(M):
+            place = (m * total_count + first + i) * tl.cast(tokens, tl.int64) + rows
+            tl.store(scores + place, scale * tl.sum(wide * keyed[m][None, :], 1), mask=exists)
+            pull = tl.sum(wide * value_grads[m], 1)
+            tl.store(pulls + place, pull * scale if NORMALIZE else pull, mask=exists)
+
+
+@triton.jit
+def mix_source_grads(
+    grad,
+    grad_stride,
+    grad_query_stride,
+    sources,
+    strides,
+    query,
+    gain,
+    source_grads,
+    priors,
+    partial,
+    value_coefficients,
+    key_coefficients,
+    shrinks,
+    first,
+    total_count,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GAIN_PER_QUERY: tl.constexpr,
+    OUTPUT_FACTOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Gradients of some of the sources from their scalars, and their part of the parameters' gradients.
+
+    value_coefficients, key_coefficients [M, total_count, tokens]; shrinks [total_count, tokens]; in ACC. The others as in
+    ``mix_backward``.
+    """
+    count: tl.constexpr = len(sources)
+    value_gain: tl.constexpr = NORMALIZE and gain is not None
+    columns = tl.arange(0, BLOCK_D)
+    keyed = ()
+    keyed_sums = ()
+    value_sums = ()
+    for m in tl.static_range(M):
+        keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
+        keyed_sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
+        if value_gain:
+            value_sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
+        rows, columns = tile_of(tile, BLOCK_D, BLOCK_T)
+        exists = rows < tokens
+        places = rows[:, None] * D + columns[None, :]
+        raw_grads = ()
+        for m in tl.static_range(M):
+            base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
+            raw_grads += (load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN).to(ACC) * OUTPUT_FACTOR,)
+        for i in tl.static_range(count):
+            wide = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN).to(ACC)
+            shrink = tl.load(shrinks + (first + i) * tl.cast(tokens, tl.int64) + rows, mask=exists, other=0.0)
+            source_grad = -shrink[:, None] * wide
+            if priors[i] is not None:
+                source_grad += load_tile(priors[i] + places, rows, columns, tokens, D).to(ACC)
+            old_keyed_sums, old_value_sums = keyed_sums, value_sums
+            keyed_sums = ()
+            value_sums = ()
+            for m in tl.static_range(M):
+                place = (m * total_count + first + i) * tl.cast(tokens, tl.int64) + rows
+                value = tl.load(value_coefficients + place, mask=exists, other=0.0)[:, None]
+                key = tl.load(key_coefficients + place, mask=exists, other=0.0)[:, None]
+                row_grad = raw_grads[m]
+                if value_gain:
+                    value_sums += (old_value_sums[m] + value * wide * row_grad,)
+                    row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
+                source_grad += value * row_grad + key * keyed[m][None, :]
+                keyed_sums += (old_keyed_sums[m] + key * wide,)
+            store_tile(source_grads[i] + places, source_grad, rows, columns, tokens, D)
+    for m in tl.static_range(M):
+        store_partial(partial, 0, m, M, columns, D, keyed_sums[m])
+        if value_gain:
+            store_partial(partial, 1, m, M, columns, D, value_sums[m])
+
+
+@triton.jit
+def reduce_parameter_grads(
+    partial,
+    programs,
+    query,
+    gain,
+    query_grad,
+    gain_grad,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    M: tl.constexpr,
+    GAIN_PER_QUERY: tl.constexpr,
+    VALUE_GAIN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add the partial rows [programs, 2, M, d] in a fixed order and unfold the gradients of query [M, d] and gain."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    within = columns < D
+    shared = tl.zeros([BLOCK_D], ACC)
+    for m in tl.static_range(M):
+        keyed = tl.zeros([BLOCK_P, BLOCK_D], ACC)
+        value = tl.zeros([BLOCK_P, BLOCK_D], ACC)
+        for start in range(0, programs, BLOCK_P):
+            rows = (start + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+            mask = (rows < programs) & within[None, :]
+            keyed += tl.load(partial + (rows * 2 * M + m) * D + columns[None, :], mask=mask, other=0.0)
+            if VALUE_GAIN:
+                value += tl.load(partial + ((rows * 2 + 1) * M + m) * D + columns[None, :], mask=mask, other=0.0)
+        keyed_grad = tl.sum(keyed, 0)
+        if gain is not None:
+            row = load_vector(query, m, columns, D, ACC)
+            own = keyed_grad * row
+            if VALUE_GAIN:
+                own += tl.sum(value, 0)
+            if GAIN_PER_QUERY:
+                tl.store(gain_grad + m * D + columns, own.to(gain_grad.dtype.element_ty), mask=within)
+            else:
+                shared += own
+            keyed_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)
+        tl.store(query_grad + m * D + columns, keyed_grad.to(query_grad.dtype.element_ty), mask=within)
+    if gain is not None and not GAIN_PER_QUERY:
+        tl.store(gain_grad + columns, shared.to(gain_grad.dtype.element_ty), mask=within)

@@ -1,0 +1,98 @@
+"""The kernels in every configuration that the default table can choose, as the compiler ahead of time takes them.
+
+Not every width is listed: those at which the tile, the number of warps or the mask changes, and those of known models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton.language as tl
+
+from . import backward, configs, forward
+
+WIDTHS = (64, 256, 1000, 1024, 2048, 2304, 4096, 7168, 8192)
+COUNTS = (2, 9, 32)
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+OPTIONS = {"EPS": 1e-6, "LOGIT_SCALE": 1.0, "OUTPUT_FACTOR": 1.0}
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A run-time argument: Triton's name of its type, and whether 16 divides it (an address: 16 bytes)."""
+
+    type: str
+    divisible: bool = True
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Every argument of a kernel by name, and its number of warps."""
+
+    values: dict[str, Any]
+    warps: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration."""
+
+    name: str
+    kernel: Any
+    width: int
+    count: int
+    queries: int = 1
+    dtype: str = "bf16"
+    normalize: bool = False
+    gain: bool = True
+    features: tuple[str, ...] = field(default=())
+
+    @property
+    def config(self) -> str:
+        """The configuration in words."""
+        words = [f"d={self.width}", f"sources={self.count}", f"queries={self.queries}", self.dtype]
+        words += ["normalized values"] if self.normalize else []
+        return " ".join([*words, *self.features])
+
+    def arguments(self, warp_size: int) -> Arguments:
+        """The arguments as the launcher would give them on a device with this warp size."""
+        tile = self.tile(warp_size)
+        row, wide = Typed(f"*{self.dtype}"), Typed("*fp32")
+        stride = Typed("i32", False)
+        rows = (row,) * self.count
+        align = 16 if self.width % 16 == 0 else 8 if self.width % 8 == 0 else 1
+        has_gain = wide if self.gain else None
+        norm = next((f for f in self.features if f in ("rms", "layer")), "")
+        delta = row if "delta" in self.features else None
+        chained = "chained" in self.features
+        priors = rows if "priors" in self.features else (None,) * self.count
+        values: dict[str, Any] = {
+            "sources": rows, "strides": (stride,) * self.count, "query": wide, "gain": has_gain, "output": row,
+            "delta": delta, "delta_stride": stride if delta else 0, "partial_out": delta,
+            "norm_gain": wide if norm else None, "norm_bias": wide if norm == "layer" else None,
+            "state_sums": wide if chained else None, "state_rows": wide if chained else None,
+            "FIRST": not chained, "LAST": True, "NORM": norm, "NORM_EPS": 1e-6 if norm else 0.0,
+            "grad": row, "grad_stride": stride, "grad_query_stride": stride, "source_grads": rows, "priors": priors,
+            "partial": wide, "norm_partial": wide if norm else None,
+            "scales": wide, "scores": wide, "pulls": wide, "first": Typed("i32", False), "total_count": Typed("i32", False),
+            "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
+            "programs": Typed("i32", False), "query_grad": wide, "gain_grad": has_gain,
+            "tokens": Typed("i32", False), "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t,
+            "GROUP": tile.group, "BLOCK_P": configs.REDUCE_ROWS, "M": self.queries, "ALIGN": align, "GAIN_PER_QUERY": False,
+            "NORMALIZE": self.normalize, "VALUE_GAIN": self.normalize and self.gain, "ACC": tl.float32, **OPTIONS}
+        return Arguments({name: values[name] for name in self.kernel.arg_names}, tile.warps)
+
+    def tile(self, warp_size: int) -> configs.Tile:
+        """The tile that the table gives. Raises ValueError for a backward whose rows do not fit."""
+        if self.kernel is backward.reduce_parameter_grads:
+            return configs.Tile(configs.REDUCE_COLUMNS, 1, configs.REDUCE_WARPS)
+        if self.kernel is forward.mix_forward:
+            return configs.forward_tile(self.width, self.queries, warp_size)
+        if self.kernel is backward.mix_backward:
+            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size)
+            if tile is None:
+                raise ValueError(f"{self.config}: the rows do not fit")
+            return tile
+        return configs.split_tile(self.width, self.queries, warp_size)

@@ -1,0 +1,218 @@
+"""The forward kernel: one sweep over the sources with an online softmax over depth.
+
+Everything that a model fixes is a compile-time constant: width, options, the number of sources and of queries. The
+tokens and the row strides are arguments, so that neither batch nor length compiles anything anew. A row, padded to a power
+of two, is held by one program, ``BLOCK_T`` rows at a time; each source is loaded once for all queries.
+
+Options are ``tl.constexpr`` and not arguments also because Triton hands Python floats on as float32, which would spoil
+the float64 runs of the interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(tile, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Rows (64 bit: rows times stride passes 2^31) and columns of a tile."""
+    return (tl.zeros([BLOCK_T], tl.int64) + tile) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+
+
+@triton.jit
+def load_tile(pointers, rows, columns, tokens, D: tl.constexpr):
+    """Load a tile, zero where it has no row or column. A single row always exists, and needs no mask but for its width."""
+    if rows.shape[0] == 1 and columns.shape[0] == D:
+        tile = tl.load(pointers)
+    elif rows.shape[0] == 1:
+        tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=(rows < tokens)[:, None] & (columns < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(pointers, tile, rows, columns, tokens, D: tl.constexpr):
+    """Store what exists of a tile, rounded to the dtype of the pointers."""
+    rounded = tile.to(pointers.dtype.element_ty)
+    if rows.shape[0] == 1 and columns.shape[0] == D:
+        tl.store(pointers, rounded)
+    elif rows.shape[0] == 1:
+        tl.store(pointers, rounded, mask=(columns < D)[None, :])
+    else:
+        tl.store(pointers, rounded, mask=(rows < tokens)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def load_rows(base, stride, rows, columns, tokens, D: tl.constexpr, ALIGN: tl.constexpr):
+    """Rows of width d. Strides are counted in ALIGN elements, so that the compiler knows what it may load at once."""
+    return load_tile(base + rows[:, None] * stride * ALIGN + columns[None, :], rows, columns, tokens, D)
+
+
+@triton.jit
+def load_vector(base, m, columns, D: tl.constexpr, ACC: tl.constexpr):
+    """Row m of a contiguous [M, d] parameter, widened; zero beyond d."""
+    return tl.load(base + m * D + columns, mask=columns < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_keyed(query, gain, m, columns, D: tl.constexpr, GAIN_PER_QUERY: tl.constexpr, ACC: tl.constexpr):
+    """The folded query: query times key gain."""
+    keyed = load_vector(query, m, columns, D, ACC)
+    if gain is not None:
+        keyed *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)
+    return keyed
+
+
+@triton.jit
+def inverse_rms(wide, D: tl.constexpr, EPS: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of each row."""
+    return 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / D + EPS)
+
+
+@triton.jit
+def norm_row(
+    mixed, norm_gain, norm_bias, columns, D: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr, ACC: tl.constexpr
+):
+    """The consumer's norm of a tile of rows: "rms" or "layer"."""
+    if NORM == "layer":
+        centre = tl.sum(mixed, 1) / D
+        mixed = tl.where((columns < D)[None, :], mixed - centre[:, None], 0.0)
+    mixed = mixed * inverse_rms(mixed, D, NORM_EPS)[:, None]
+    if norm_gain is not None:
+        mixed *= load_vector(norm_gain, 0, columns, D, ACC)[None, :]
+    if norm_bias is not None:
+        mixed += load_vector(norm_bias, 0, columns, D, ACC)[None, :]
+    return mixed
+
+
+@triton.jit
+def add_group(
+    held,
+    keyed,
+    peaks,
+    totals,
+    sums,
+    exists,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add tiles of some sources to the running softmax of every query: maximum, sum of powers, sum of rows."""
+    count: tl.constexpr = len(held)
+    scales = ()
+    for i in tl.static_range(count):
+        scales += (tl.where(exists, inverse_rms(held[i].to(ACC), D, EPS), 0.0),)
+    new_peaks = ()
+    new_totals = ()
+    new_sums = ()
+    for m in tl.static_range(len(keyed)):
+        logits = ()
+        peak = peaks[m]
+        for i in tl.static_range(count):
+            logits += (LOGIT_SCALE * scales[i] * tl.sum(held[i].to(ACC) * keyed[m][None, :], 1),)
+            peak = tl.maximum(peak, logits[i], propagate_nan=tl.PropagateNan.ALL)
+        kept = tl.exp(peaks[m] - peak)
+        total = totals[m] * kept
+        rows = sums[m] * kept[:, None]
+        for i in tl.static_range(count):
+            power = tl.exp(logits[i] - peak)
+            total += power
+            rows += (power * scales[i] if NORMALIZE else power)[:, None] * held[i].to(ACC)
+        new_peaks += (peak,)
+        new_totals += (total,)
+        new_sums += (rows,)
+    return new_peaks, new_totals, new_sums
+
+
+@triton.jit
+def mix_forward(
+    sources,
+    strides,
+    query,
+    gain,
+    output,
+    delta,
+    delta_stride,
+    partial_out,
+    norm_gain,
+    norm_bias,
+    state_sums,
+    state_rows,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GAIN_PER_QUERY: tl.constexpr,
+    EPS: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    OUTPUT_FACTOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Mix tiles of BLOCK_T tokens.
+
+    sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d], gain [d] or [M, d] or None.
+    output [M, tokens, d]. delta, partial_out: the last source is read as source + delta, rounded, and stored.
+    norm_gain, norm_bias [d] or None: of the consumer's norm, where NORM is "rms" or "layer" ("" for none).
+    state_sums [2, M, tokens], state_rows [M, tokens, d] in ACC: maximum, sum and rows, carried from launch to launch where
+    there are more sources than one launch takes: read unless FIRST, written (instead of output) unless LAST. GROUP sources
+    are loaded at once.
+    """
+    count: tl.constexpr = len(sources)
+    rows, columns = tile_of(tl.program_id(0), BLOCK_D, BLOCK_T)
+    exists = rows < tokens
+    places = rows[:, None] * D + columns[None, :]
+    size = tl.cast(tokens, tl.int64)
+
+    keyed = ()
+    peaks = ()
+    totals = ()
+    sums = ()
+    for m in tl.static_range(M):
+        keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
+        if FIRST:
+            peaks += (tl.full([BLOCK_T], float("-inf"), ACC),)
+            totals += (tl.zeros([BLOCK_T], ACC),)
+            sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
+        else:
+            peaks += (tl.load(state_sums + m * size + rows, mask=exists, other=0.0),)
+            totals += (tl.load(state_sums + (M + m) * size + rows, mask=exists, other=1.0),)
+            sums += (load_tile(state_rows + m * size * D + places, rows, columns, tokens, D),)
+
+    GROUPS: tl.constexpr = (count + GROUP - 1) // GROUP
+    for group in tl.static_range(GROUPS):
+        for _ in range(tl.num_programs(1)):
+            # One round. Without the loop LLVM moves the sums of all groups behind the last load, and every row spills.
+            held = ()
+            for i in tl.static_range(group * count // GROUPS, (group + 1) * count // GROUPS):
+                row = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN)
+                if delta is not None and i == count - 1:
+                    added = load_rows(delta, delta_stride, rows, columns, tokens, D, ALIGN)
+                    row = (row.to(ACC) + added.to(ACC)).to(partial_out.dtype.element_ty)
+                    store_tile(partial_out + places, row, rows, columns, tokens, D)
+                held += (row,)
+            peaks, totals, sums = add_group(held, keyed, peaks, totals, sums, exists, D, EPS, LOGIT_SCALE, NORMALIZE, ACC)
+
+    for m in tl.static_range(M):
+        if LAST:
+            mixed = sums[m] * (OUTPUT_FACTOR / totals[m])[:, None]
+            if NORMALIZE and gain is not None:
+                mixed *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
+            if NORM != "":
+                mixed = norm_row(mixed, norm_gain, norm_bias, columns, D, NORM, NORM_EPS, ACC)
+            store_tile(output + m * size * D + places, mixed, rows, columns, tokens, D)
+        else:
+            tl.store(state_sums + m * size + rows, peaks[m], mask=exists)
+            tl.store(state_sums + (M + m) * size + rows, totals[m], mask=exists)
+            store_tile(state_rows + m * size * D + places, sums[m], rows, columns, tokens, D)
