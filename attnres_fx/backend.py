@@ -15,12 +15,11 @@ from torch import fx
 
 from attnres_fx.options import Options
 from attnres_fx.passes._compat import run_aot_eager, run_inductor
-from attnres_fx.passes.kernels import use_reference
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.recognize import Recognized, recognize
-from attnres_fx.runtime.cpu import native
+from attnres_fx.passes.select import select_kernels
 from attnres_fx.runtime.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -61,10 +60,7 @@ def attnres(
 
 def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Hand a graph, with the kernels that the options name, to the compiler that they name."""
-    if options.kernels == "reference":
-        gm = use_reference(gm)
-    elif options.kernels == "native":
-        _check_native(inputs)
+    gm = select_kernels(gm, options.kernels)
     match options.downstream:
         case "eager":
             return gm.forward
@@ -72,17 +68,6 @@ def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Optio
             return run_aot_eager(gm, inputs)
         case _:
             return run_inductor(gm, inputs, dict(options.inductor))
-
-
-def _check_native(inputs: Sequence[Any]) -> None:
-    """Who asks for the native kernels is told when something else would run."""
-    devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
-    if devices - {"cpu"}:
-        raise OptionError(f"kernels is 'native', and the graph has inputs on {', '.join(sorted(devices))}",
-                          remedy="leave the option out; the native kernels are for the CPU")
-    if not native.ensure():
-        raise OptionError(f"the native kernels are not available: {native.state().reason}",
-                          remedy="see `attnres doctor`, or leave the option out for the reference kernels")
 
 
 def _check_fixed(plan: StreamPlan, options: Options) -> None:

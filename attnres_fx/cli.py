@@ -1,4 +1,5 @@
-"""The command line: ``attnres inspect``, ``attnres transform``, ``attnres verify``, ``attnres doctor``.
+"""The command line: ``attnres inspect``, ``attnres transform``, ``attnres verify``, ``attnres doctor``,
+``attnres kernels``.
 
 Nothing heavy is imported before a command runs, so that the help is there at once. Results go to stdout; whatever a
 user's code prints goes to stderr. Exit codes: 0 good, 1 a check failed, 2 bad input or a refused model, with one line.
@@ -200,6 +201,23 @@ def doctor(as_json: Json = False) -> None:
     else:
         print(diagnosis)
     raise typer.Exit(0 if diagnosis.native else 1)
+
+
+@app.command()
+def kernels(
+    target: Annotated[str, typer.Option("--target", help="cuda:80, cuda:90, cuda:100 or hip:gfx942.")] = "cuda:90",
+    width: Annotated[int | None, typer.Option("--width", help="Only the kernels of this width.")] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="One configuration of each kernel and width.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile the Triton kernels for a GPU, which need not be there, and show what they use.
+
+    All configurations take minutes where Triton's cache is empty.
+    """
+    from attnres_fx.binaries import compile_table, table
+
+    rows = compile_table(target, width, brief)
+    print(json.dumps(rows, indent=2) if as_json else table(rows, target))
 
 
 def _open(source: str) -> Source:

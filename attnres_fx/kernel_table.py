@@ -68,5 +68,17 @@ def kernels() -> KernelTable:
         Kernel("cpu", "any", "one source, raw values", "reference", "the mix of one source is a copy"),
         Kernel("cpu", _NATIVE_DTYPES, "any", implementation, reason),
         Kernel("cpu", "several dtypes among the sources", "any", "reference", "native kernels read rows of one dtype"),
-        Kernel("any other", "any", "any", "reference", "there is no kernel for other devices yet"),
+        _gpu(),
+        Kernel("any other", "any", "any", "reference", "there is no kernel for other devices"),
     ])
+
+
+def _gpu() -> Kernel:
+    from attnres_fx.runtime.triton import obstacle
+    from attnres_fx.runtime.triton.configs import MAX_WIDTH
+
+    refusal = obstacle("cuda")
+    if refusal is not None:
+        return Kernel("cuda", "any", "any", "reference", "the package triton is not installed: pip install attnres-fx[triton]")
+    return Kernel("cuda", "any", f"d <= {MAX_WIDTH}; wider on the reference", "triton",
+                  "Triton, compiled by it at the first call; not run on a GPU by the project's tests")

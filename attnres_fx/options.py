@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from attnres_fx.passes.plan import MIX_SCALES
+from attnres_fx.passes.select import KERNELS
 from attnres_fx.runtime.errors import OptionError
 
 DOWNSTREAMS = ("inductor", "aot_eager", "eager")
-KERNELS = ("auto", "native", "reference")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Options:
     downstream: who compiles the rewritten graph: "inductor", or for debugging "aot_eager" or "eager".
     inductor: configuration patches handed on to Inductor.
     kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
-        kernels are not available; "reference", plain torch operations.
+        kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU in
+        Triton's interpreter alone.
     """
 
     num_blocks: int | None = None
@@ -56,7 +57,9 @@ class Options:
         if self.downstream not in DOWNSTREAMS:
             raise OptionError(f"downstream is {self.downstream!r}", remedy=f"give one of {', '.join(DOWNSTREAMS)}")
         if self.kernels not in KERNELS:
-            raise OptionError(f"kernels is {self.kernels!r}", remedy=f"give one of {', '.join(KERNELS)}")
+            near = difflib.get_close_matches(str(self.kernels), KERNELS, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise OptionError(f"kernels is {self.kernels!r}", remedy=f"{hint}give one of {', '.join(KERNELS)}")
         if self.mix_scale is not None and self.mix_scale not in MIX_SCALES:
             raise OptionError(f"mix_scale is {self.mix_scale!r}", remedy="give 'paper' or 'sum'")
         if not isinstance(self.inductor, Mapping):

@@ -132,5 +132,9 @@ class CheckpointFileError(AttnResError):
     """A file or directory is missing, truncated, of another format, or does not fit the model."""
 
 
+class KernelError(AttnResError):
+    """The wished kernels cannot run here: on this device, at this size, or without a package."""
+
+
 class LoweringError(AttnResError):
     """The rewritten graph could not be built. This is a fault of attnres_fx; the message says where."""

@@ -2,7 +2,8 @@
 
 The operators are defined with ``torch.library.Library`` rather than ``custom_op``: a call is cheaper, and a native
 kernel can replace the reference on one device by registering itself under that device's dispatch key. The kernels here
-serve every device (CompositeExplicitAutograd) until that has happened.
+serve every device (CompositeExplicitAutograd) until that has happened; on GPUs (CUDA, which is ROCm's key too) Triton's
+replace them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
+from . import triton as triton_kernels
 from .cpu import native
 
 _LIBRARY = torch.library.Library("attnres", "FRAGMENT")
 _ARGUMENTS = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}, "
 _ARGUMENTS += "float output_factor{}"
-# "mix" is served by the fastest kernel there is; "mix_reference" by the reference, whatever there is.
+# "mix" is served by the fastest kernel there is; "mix_reference" and "mix_triton" always by those they are named after.
 # "mix_autograd" is "mix", entered where autograd has something to record.
-for _name in ("", "_reference", "_autograd"):
+for _name in ("", "_reference", "_triton", "_autograd"):
     _LIBRARY.define(
         f"mix{_name}({_ARGUMENTS.format('=1e-6', '=1.0', '=False', '=1.0')}) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
@@ -37,7 +39,9 @@ MIX = torch.ops.attnres.mix.default
 MIX_BACKWARD = torch.ops.attnres.mix_backward.default
 MIX_REFERENCE = torch.ops.attnres.mix_reference.default
 MIX_BACKWARD_REFERENCE = torch.ops.attnres.mix_backward_reference.default
-_BACKWARD_OF = {MIX: MIX_BACKWARD, MIX_REFERENCE: MIX_BACKWARD_REFERENCE}
+MIX_TRITON = torch.ops.attnres.mix_triton.default
+MIX_BACKWARD_TRITON = torch.ops.attnres.mix_backward_triton.default
+_BACKWARD_OF = {MIX: MIX_BACKWARD, MIX_REFERENCE: MIX_BACKWARD_REFERENCE, MIX_TRITON: MIX_BACKWARD_TRITON}
 
 
 def _round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -102,6 +106,22 @@ def _mix_backward_composite(
     targets = _check_backward(grad, sources, query, key_gain, *options)
     grads = reference.mix_backward(grad, sources, query, key_gain, *options)
     return [wide.to(target.dtype).contiguous() for wide, target in zip(grads, targets, strict=True)]
+
+
+def _mix_triton_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    return triton_kernels.mix(sources, query, key_gain, *_with_defaults(*options))
+
+
+def _mix_gpu(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    kernel = _mix_triton_kernel if triton_kernels.serves(sources) else _mix_reference_kernel
+    return kernel(sources, query, key_gain, *options)
+
+
+def _mix_backward_gpu(
+    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    kernel = triton_kernels.mix_backward if triton_kernels.serves(sources) else _mix_backward_reference_kernel
+    return kernel(grad, sources, query, key_gain, *options)
 
 
 def _with_defaults(
@@ -204,14 +224,20 @@ _LIBRARY.impl("mix", _mix_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("mix_backward", _mix_backward_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("mix_reference", _mix_reference_kernel, "CompositeExplicitAutograd")
 _LIBRARY.impl("mix_backward_reference", _mix_backward_reference_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("mix_triton", _mix_triton_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("mix_backward_triton", triton_kernels.mix_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("mix", _mix_gpu, "CUDA")
+_LIBRARY.impl("mix_backward", _mix_backward_gpu, "CUDA")
 _LIBRARY.impl("mix", partial(_mix_autograd, MIX), "Autograd")
 _LIBRARY.impl("mix_backward", partial(_mix_backward_autograd, MIX_BACKWARD), "Autograd")
 _LIBRARY.impl("mix_reference", partial(_mix_autograd, MIX_REFERENCE), "Autograd")
 _LIBRARY.impl("mix_backward_reference", partial(_mix_backward_autograd, MIX_BACKWARD_REFERENCE), "Autograd")
+_LIBRARY.impl("mix_triton", partial(_mix_autograd, MIX_TRITON), "Autograd")
+_LIBRARY.impl("mix_backward_triton", partial(_mix_backward_autograd, MIX_BACKWARD_TRITON), "Autograd")
 # Where a native library answers under the autograd key, it hands on to these what autograd has to record.
 _LIBRARY.impl("mix_autograd", partial(_mix_autograd, MIX), "CompositeImplicitAutograd")
 _LIBRARY.impl("mix_backward_autograd", partial(_mix_backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
-for _name in ("", "_reference"):
+for _name in ("", "_reference", "_triton"):
     for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
         _LIBRARY.impl(f"mix{_name}", _mix_composite, _key)
         _LIBRARY.impl(f"mix_backward{_name}", _mix_backward_composite, _key)

@@ -1,4 +1,81 @@
-"""Triton kernels of the mix. Importing this package does not import triton; :mod:`.launch` does.
+"""Triton kernels of the mix. Importing this package does not import triton; calling its functions does.
 
 Not run on a GPU so far: their values come from Triton's interpreter, their resources from binaries compiled ahead of time.
 """
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import KernelError
+from .configs import MAX_WIDTH
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def obstacle(device_type: str) -> KernelError | None:
+    """Why the kernels cannot run on this kind of device, or None. Does not import triton where the answer is plain."""
+    if not _installed():
+        return KernelError("the Triton kernels need the package triton, which is not installed",
+                           remedy="pip install 'attnres-fx[triton]', or compile with options={'kernels': 'auto'}")
+    if device_type == "cuda":
+        return None
+    if device_type != "cpu":
+        return KernelError(f"the Triton kernels do not run on devices of type '{device_type}'",
+                           remedy="compile with options={'kernels': 'auto'}")
+    refusal = KernelError(
+        "Triton has no compiler for the CPU; there its kernels run only in its interpreter, slowly and for tests",
+        remedy="compile with options={'kernels': 'auto'}, or start Python with TRITON_INTERPRET=1 in the environment")
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "on", "yes", "y"):
+        return refusal
+    import triton.language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # Triton reads the variable when it is first imported.
+    return None if isinstance(triton.language.sum, InterpretedFunction) else refusal
+
+
+def serves(sources: Sequence[Tensor]) -> bool:
+    """Whether ``attnres::mix`` on a GPU runs these kernels; where not, plain torch serves, which a warning says once."""
+    if not sources or sources[0].shape[-1:].numel() > MAX_WIDTH:
+        return False
+    refusal = obstacle("cuda")
+    if refusal is not None:
+        _warn_once(str(refusal))
+    return refusal is None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"attnres::mix runs as plain torch operations, several times slower: {reason}", stacklevel=2)
+
+
+def mix(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    """``attnres::mix`` by the Triton kernels. Raises KernelError where they cannot run, and what the mix raises."""
+    return _launcher(query).mix(sources, query, key_gain, *options)
+
+
+def mix_backward(
+    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    """``attnres::mix_backward`` by the Triton kernels, likewise."""
+    return _launcher(query).mix_backward(grad, sources, query, key_gain, *options)
+
+
+def _launcher(tensor: Tensor) -> Any:
+    refusal = obstacle(tensor.device.type)
+    if refusal is not None:
+        raise refusal
+    from . import launch
+
+    return launch

@@ -14,7 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import inverse_rms, load_keyed, load_rows, load_tile, load_vector, store_tile, tile_of
+from .forward import (
+    inverse_rms,
+    load_keyed,
+    load_rows,
+    load_tile,
+    load_vector,
+    round_to,
+    store_tile,
+    tile_of,
+    widen,
+)
 
 
 @triton.jit
@@ -107,7 +117,7 @@ def mix_backward(
         scales = ()
         scores = ()
         for i in tl.static_range(count):
-            wide = held[i].to(ACC)
+            wide = widen(held[i], ACC)
             scale = tl.where(exists, inverse_rms(wide, D, EPS), 0.0)
             scales += (scale,)
             for m in tl.static_range(M):
@@ -133,11 +143,11 @@ def mix_backward(
             for i in tl.static_range(count):
                 here += (powers[i] / total,)
 
-            row_grad = raw_grads[m].to(ACC)
+            row_grad = widen(raw_grads[m], ACC)
             if NORM != "" or value_gain:
                 mixed = tl.zeros([BLOCK_T, BLOCK_D], ACC)
                 for i in tl.static_range(count):
-                    mixed += (here[i] * scales[i] if NORMALIZE else here[i])[:, None] * held[i].to(ACC)
+                    mixed += (here[i] * scales[i] if NORMALIZE else here[i])[:, None] * widen(held[i], ACC)
                 ungained = mixed
                 if value_gain:
                     mixed *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
@@ -154,7 +164,7 @@ def mix_backward(
             mean_pull = tl.zeros([BLOCK_T], ACC)
             own_pulls = ()
             for i in tl.static_range(count):
-                pull = tl.sum(row_grad * held[i].to(ACC), 1)
+                pull = tl.sum(row_grad * widen(held[i], ACC), 1)
                 own_pulls += (pull * scales[i] if NORMALIZE else pull,)
                 mean_pull += here[i] * own_pulls[i]
             for i in tl.static_range(count):
@@ -163,11 +173,11 @@ def mix_backward(
             pulls += own_pulls
 
         for i in tl.static_range(count):
-            wide = held[i].to(ACC)
+            wide = widen(held[i], ACC)
             shrink = tl.zeros([BLOCK_T], ACC)
             source_grad = tl.zeros([BLOCK_T, BLOCK_D], ACC)
             if priors[i] is not None:
-                source_grad += load_tile(priors[i] + places, rows, columns, tokens, D).to(ACC)
+                source_grad += widen(load_tile(priors[i] + places, rows, columns, tokens, D), ACC)
             old_keyed_sums = keyed_sums
             keyed_sums = ()
             for m in tl.static_range(M):
@@ -230,12 +240,12 @@ def mix_scores(
     for m in tl.static_range(M):
         keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
         base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
-        row_grad = load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN).to(ACC) * OUTPUT_FACTOR
+        row_grad = widen(load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN), ACC) * OUTPUT_FACTOR
         if NORMALIZE and gain is not None:
             row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
         value_grads += (row_grad,)
     for i in tl.static_range(count):
-        wide = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN).to(ACC)
+        wide = widen(load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN), ACC)
         scale = tl.where(exists, inverse_rms(wide, D, EPS), 0.0)
         tl.store(scales + (first + i) * tl.cast(tokens, tl.int64) + rows, scale, mask=exists)
         for m in tl.static_range(M):
@@ -296,13 +306,13 @@ def mix_source_grads(
         raw_grads = ()
         for m in tl.static_range(M):
             base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
-            raw_grads += (load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN).to(ACC) * OUTPUT_FACTOR,)
+            raw_grads += (widen(load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN), ACC) * OUTPUT_FACTOR,)
         for i in tl.static_range(count):
-            wide = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN).to(ACC)
+            wide = widen(load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN), ACC)
             shrink = tl.load(shrinks + (first + i) * tl.cast(tokens, tl.int64) + rows, mask=exists, other=0.0)
             source_grad = -shrink[:, None] * wide
             if priors[i] is not None:
-                source_grad += load_tile(priors[i] + places, rows, columns, tokens, D).to(ACC)
+                source_grad += widen(load_tile(priors[i] + places, rows, columns, tokens, D), ACC)
             old_keyed_sums, old_value_sums = keyed_sums, value_sums
             keyed_sums = ()
             value_sums = ()
@@ -359,10 +369,10 @@ def reduce_parameter_grads(
             if VALUE_GAIN:
                 own += tl.sum(value, 0)
             if GAIN_PER_QUERY:
-                tl.store(gain_grad + m * D + columns, own.to(gain_grad.dtype.element_ty), mask=within)
+                tl.store(gain_grad + m * D + columns, round_to(own, gain_grad.dtype.element_ty), mask=within)
             else:
                 shared += own
             keyed_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)
-        tl.store(query_grad + m * D + columns, keyed_grad.to(query_grad.dtype.element_ty), mask=within)
+        tl.store(query_grad + m * D + columns, round_to(keyed_grad, query_grad.dtype.element_ty), mask=within)
     if gain is not None and not GAIN_PER_QUERY:
-        tl.store(gain_grad + columns, shared.to(gain_grad.dtype.element_ty), mask=within)
+        tl.store(gain_grad + columns, round_to(shared, gain_grad.dtype.element_ty), mask=within)

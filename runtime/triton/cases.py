@@ -14,8 +14,6 @@ import triton.language as tl
 from . import backward, configs, forward
 
 WIDTHS = (64, 256, 1000, 1024, 2048, 2304, 4096, 7168, 8192)
-COUNTS = (2, 9, 32)
-TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 OPTIONS = {"EPS": 1e-6, "LOGIT_SCALE": 1.0, "OUTPUT_FACTOR": 1.0}
 
 
@@ -80,8 +78,9 @@ class Case:
             "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
             "programs": Typed("i32", False), "query_grad": wide, "gain_grad": has_gain,
             "tokens": Typed("i32", False), "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t,
-            "GROUP": tile.group, "BLOCK_P": configs.REDUCE_ROWS, "M": self.queries, "ALIGN": align, "GAIN_PER_QUERY": False,
-            "NORMALIZE": self.normalize, "VALUE_GAIN": self.normalize and self.gain, "ACC": tl.float32, **OPTIONS}
+            "GROUP": configs.FORWARD_GROUP, "BLOCK_P": configs.REDUCE_ROWS, "M": self.queries, "ALIGN": align,
+            "GAIN_PER_QUERY": False, "NORMALIZE": self.normalize,
+            "VALUE_GAIN": self.normalize and self.gain, "ACC": tl.float32, **OPTIONS}
         return Arguments({name: values[name] for name in self.kernel.arg_names}, tile.warps)
 
     def tile(self, warp_size: int) -> configs.Tile:
@@ -96,3 +95,35 @@ class Case:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
         return configs.split_tile(self.width, self.queries, warp_size)
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at every width with the most sources and queries the table gives a launch, and every option once."""
+    for width in WIDTHS:
+        queries = (1, configs.forward_queries(width))
+        for dtype in ("bf16", "fp32"):
+            for count in (9, configs.FORWARD_SOURCES):
+                yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype)
+            yield Case("mix_forward", forward.mix_forward, width, 9, queries[1], dtype, normalize=True)
+            yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("chained",))
+            for norm in ("rms", "layer"):
+                yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("delta", norm))
+            yield from _backward_cases(width, dtype)
+        yield Case("mix_forward", forward.mix_forward, width, 9, dtype="fp16")
+        yield Case("reduce_parameter_grads", backward.reduce_parameter_grads, width, 1, normalize=True)
+
+
+def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
+    for queries in range(1, configs.backward_queries(width) + 1):
+        for normalize in (False, True):
+            held = max((n for n in range(1, 33) if configs.backward_tile(width, n, queries)), default=0)
+            if held:
+                yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize)
+            yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize)
+            count = configs.split_sources(width)
+            yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize)
+            yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
+                       features=("priors",))
+    if configs.backward_tile(width, 4, 1):
+        for norm in ("rms", "layer"):
+            yield Case("mix_backward", backward.mix_backward, width, 4, 1, dtype, features=("priors", norm))

@@ -5,9 +5,10 @@ No GPU was at hand to measure on, so the rules are those that can be argued and 
 - 16-byte loads: at least 16 bytes of a row in each thread.
 - The fewest warps that keep a program's values in registers: sums over a row cross warps only through shared memory and
   barriers, so a row of up to 1024 elements belongs to one warp in the forward.
-- The backward holds every source row of a token; its threads hold 8 elements of each, and where count rows do not fit, it
-  reads them twice instead (``fits``).
-- Sums over tokens leave at most PARTIAL_ROWS partial rows, whatever the number of tokens.
+- No spills, on any target, in any configuration of ``cases``: that decided how many sources and queries a launch takes.
+- The backward holds every source row of a token; its threads hold 8 elements of each. Where that many rows do not fit
+  (``backward_tile``) it reads them twice instead.
+- Sums over tokens leave at most PARTIAL_ROWS partial rows a launch, whatever the number of tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_WIDTH = 8192
-MAX_SOURCES = 32  # a launch; more sources are chained
-MAX_QUERIES = 4  # a launch; more queries sweep again
-PARTIAL_ROWS = 512
+FORWARD_SOURCES = 24  # a launch; more are chained. On AMD their addresses fill the scalar registers beyond
+FORWARD_GROUP = 4  # sources loaded at once
+PARTIAL_ROWS = 512  # programs that walk over tokens: about four for each multiprocessor of today's GPUs
 REDUCE_COLUMNS, REDUCE_ROWS, REDUCE_WARPS = 64, 32, 4  # of reduce_parameter_grads: a warp reads 256 bytes of each row
 
 
@@ -28,7 +29,6 @@ class Tile:
     block_d: int
     block_t: int
     warps: int
-    group: int = 4
 
 
 def next_power_of_two(number: int) -> int:
@@ -44,19 +44,38 @@ def tile(width: int, elements: int, warp_size: int = 32, most_warps: int = 16) -
     return Tile(block_d, block_t, warps)
 
 
+def forward_queries(width: int) -> int:
+    """How many queries share one launch of ``mix_forward``; more sweep again."""
+    return 4 if width <= 4096 else 2
+
+
 def forward_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
-    """Of ``mix_forward``: a thread holds 32 elements of a row for one query, less for several."""
-    return tile(width, max(8, 32 // next_power_of_two(queries)), warp_size)
+    """Of ``mix_forward``: a thread holds 16 elements of a row, or 8 where several queries hold a sum each."""
+    return tile(width, 16 if queries == 1 or width > 4096 else 8, warp_size)
 
 
-def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
-    """Of ``mix_scores`` and ``mix_source_grads``."""
-    return tile(width, max(8, 16 // next_power_of_two(queries)), warp_size)
+def backward_queries(width: int) -> int:
+    """How many queries share one launch of the backward; the others add to its gradients."""
+    return 2 if width <= 2048 else 1
 
 
 def backward_tile(width: int, count: int, queries: int, warp_size: int = 32) -> Tile | None:
-    """Of ``mix_backward``, or None where the rows of a token do not fit into registers."""
-    return tile(width, 8, warp_size)
+    """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
+
+    A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128.
+    """
+    fits = (9 if width <= 2048 else 4 if width <= 4096 else 0) // queries
+    return tile(width, 8, warp_size) if count <= fits else None
+
+
+def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
+    """Of ``mix_scores`` and ``mix_source_grads``, which take the sources one after the other."""
+    return tile(width, 16 if queries == 1 and width != 4096 else 8, warp_size)
+
+
+def split_sources(width: int) -> int:
+    """How many sources one launch of ``mix_source_grads`` takes; each launch reads the incoming gradient again."""
+    return 4 if width <= 4096 else 2
 
 
 def programs(tokens: int, tile: Tile) -> int:

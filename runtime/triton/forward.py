@@ -33,15 +33,27 @@ def load_tile(pointers, rows, columns, tokens, D: tl.constexpr):
 
 
 @triton.jit
+def round_to(tile, dtype: tl.constexpr):
+    """A tile in the dtype of storage. bfloat16 by way of float32: the interpreter does not know it from float64."""
+    return (tile.to(tl.float32) if dtype == tl.bfloat16 else tile).to(dtype)
+
+
+@triton.jit
 def store_tile(pointers, tile, rows, columns, tokens, D: tl.constexpr):
     """Store what exists of a tile, rounded to the dtype of the pointers."""
-    rounded = tile.to(pointers.dtype.element_ty)
+    rounded = round_to(tile, pointers.dtype.element_ty)
     if rows.shape[0] == 1 and columns.shape[0] == D:
         tl.store(pointers, rounded)
     elif rows.shape[0] == 1:
         tl.store(pointers, rounded, mask=(columns < D)[None, :])
     else:
         tl.store(pointers, rounded, mask=(rows < tokens)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def widen(tile, ACC: tl.constexpr):
+    """A tile in the dtype of the statistics, exactly."""
+    return (tile.to(tl.float32) if tile.dtype == tl.bfloat16 else tile).to(ACC)
 
 
 @triton.jit
@@ -53,7 +65,7 @@ def load_rows(base, stride, rows, columns, tokens, D: tl.constexpr, ALIGN: tl.co
 @triton.jit
 def load_vector(base, m, columns, D: tl.constexpr, ACC: tl.constexpr):
     """Row m of a contiguous [M, d] parameter, widened; zero beyond d."""
-    return tl.load(base + m * D + columns, mask=columns < D, other=0.0).to(ACC)
+    return widen(tl.load(base + m * D + columns, mask=columns < D, other=0.0), ACC)
 
 
 @triton.jit
@@ -105,7 +117,7 @@ def add_group(
     count: tl.constexpr = len(held)
     scales = ()
     for i in tl.static_range(count):
-        scales += (tl.where(exists, inverse_rms(held[i].to(ACC), D, EPS), 0.0),)
+        scales += (tl.where(exists, inverse_rms(widen(held[i], ACC), D, EPS), 0.0),)
     new_peaks = ()
     new_totals = ()
     new_sums = ()
@@ -113,7 +125,7 @@ def add_group(
         logits = ()
         peak = peaks[m]
         for i in tl.static_range(count):
-            logits += (LOGIT_SCALE * scales[i] * tl.sum(held[i].to(ACC) * keyed[m][None, :], 1),)
+            logits += (LOGIT_SCALE * scales[i] * tl.sum(widen(held[i], ACC) * keyed[m][None, :], 1),)
             peak = tl.maximum(peak, logits[i], propagate_nan=tl.PropagateNan.ALL)
         kept = tl.exp(peaks[m] - peak)
         total = totals[m] * kept
@@ -121,7 +133,7 @@ def add_group(
         for i in tl.static_range(count):
             power = tl.exp(logits[i] - peak)
             total += power
-            rows += (power * scales[i] if NORMALIZE else power)[:, None] * held[i].to(ACC)
+            rows += (power * scales[i] if NORMALIZE else power)[:, None] * widen(held[i], ACC)
         new_peaks += (peak,)
         new_totals += (total,)
         new_sums += (rows,)
@@ -162,7 +174,8 @@ def mix_forward(
 ):
     """Mix tiles of BLOCK_T tokens.
 
-    sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d], gain [d] or [M, d] or None.
+    sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d]; gain [d],
+    [M, d] or None.
     output [M, tokens, d]. delta, partial_out: the last source is read as source + delta, rounded, and stored.
     norm_gain, norm_bias [d] or None: of the consumer's norm, where NORM is "rms" or "layer" ("" for none).
     state_sums [2, M, tokens], state_rows [M, tokens, d] in ACC: maximum, sum and rows, carried from launch to launch where
@@ -199,7 +212,7 @@ def mix_forward(
                 row = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN)
                 if delta is not None and i == count - 1:
                     added = load_rows(delta, delta_stride, rows, columns, tokens, D, ALIGN)
-                    row = (row.to(ACC) + added.to(ACC)).to(partial_out.dtype.element_ty)
+                    row = round_to(widen(row, ACC) + widen(added, ACC), partial_out.dtype.element_ty)
                     store_tile(partial_out + places, row, rows, columns, tokens, D)
                 held += (row,)
             peaks, totals, sums = add_group(held, keyed, peaks, totals, sums, exists, D, EPS, LOGIT_SCALE, NORMALIZE, ACC)

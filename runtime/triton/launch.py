@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..errors import MixArgumentError
+from ..errors import KernelError
 from . import backward as kernels
 from . import configs
 from .forward import mix_forward as forward_kernel
@@ -94,13 +94,14 @@ class Problem:
 
     @staticmethod
     def of(
-        sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, options: Options, other_strides: Sequence[int] = ()
+        sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, options: Options,
+        other_strides: Sequence[int] = (),
     ) -> Problem:
         """``other_strides`` are those of further tensors that the kernels load by stride."""
         rows = [rows_of(source) for source in sources]
         width = rows[0].shape[-1]
         if width > configs.MAX_WIDTH:
-            raise MixArgumentError(
+            raise KernelError(
                 f"the Triton kernels take rows of at most {configs.MAX_WIDTH} elements, got {width}",
                 remedy="compile with options={'kernels': 'reference'}")
         align = alignment(width, [*(row_stride(row) for row in rows), *other_strides])
@@ -177,7 +178,7 @@ def forward(
 
     With delta [tokens, d] the last source is taken as source + delta and stored to partial_out [tokens, d].
     """
-    for part in chunks(len(problem.query), configs.MAX_QUERIES):
+    for part in chunks(len(problem.query), configs.forward_queries(problem.width)):
         _forward_group(problem.of_queries(part), output[part], delta, partial_out, norm)
 
 
@@ -186,7 +187,7 @@ def _forward_group(
 ) -> None:
     queries, tokens = len(problem.query), problem.tokens
     tile = configs.forward_tile(problem.width, queries, warp_size(output.device))
-    parts = chunks(len(problem.sources), configs.MAX_SOURCES)
+    parts = chunks(len(problem.sources), configs.FORWARD_SOURCES)
     state_sums, state_rows = None, None
     if len(parts) > 1:
         state_sums = problem.empty(2, queries, tokens)
@@ -202,7 +203,7 @@ def _forward_group(
             state_sums, state_rows, tokens,
             **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
             NORM=own_norm.kind if own_norm else "", NORM_EPS=own_norm.eps if own_norm else 0.0,
-            GROUP=tile.group, FIRST=first, LAST=last)
+            GROUP=configs.FORWARD_GROUP, FIRST=first, LAST=last)
 
 
 def mix_backward(
@@ -241,7 +242,7 @@ def backward(
     grad [M, tokens, d] with unit stride along d. source_grads: [tokens, d] each; priors are added to them, each None or
     [tokens, d] (it may be the gradient's own memory: accumulation). query_grad [M, d]; gain_grad as the gain.
     """
-    groups = chunks(len(problem.query), configs.MAX_QUERIES)
+    groups = chunks(len(problem.query), configs.backward_queries(problem.width))
     priors = [None] * len(source_grads) if priors is None else list(priors)
     # Several groups add up in the dtype of the statistics, so that every gradient is rounded once.
     wide = [problem.empty(*g.shape) for g in source_grads] if len(groups) > 1 else list(source_grads)
@@ -288,11 +289,10 @@ def _backward_split(
     """The same where the rows of a token do not fit into registers: two sweeps over the sources, any number of them."""
     count, queries, tokens, options = len(problem.sources), len(problem.query), problem.tokens, problem.options
     tile = configs.split_tile(problem.width, queries, warp_size(grad.device))
-    parts = chunks(count, configs.MAX_SOURCES)
     scales = problem.empty(count, tokens)
     scores, pulls = problem.empty(queries, count, tokens), problem.empty(queries, count, tokens)
     grad_strides = _grad_strides(problem, grad)
-    for part in parts:
+    for part in chunks(count, configs.FORWARD_SOURCES):
         kernels.mix_scores[(math.ceil(tokens / tile.block_t),)](
             grad, *grad_strides, tuple(problem.sources[part]), problem.strides(part), problem.query, problem.gain,
             scales, scores, pulls, part.start, count, tokens, **problem.constants(tile), EPS=options.eps)
@@ -308,6 +308,7 @@ def _backward_split(
     keys = score_grads * scales
 
     programs = configs.programs(tokens, tile)
+    parts = chunks(count, configs.split_sources(problem.width))
     partial = problem.empty(len(parts) * programs, 2, queries, problem.width)
     for index, part in enumerate(parts):
         kernels.mix_source_grads[(programs,)](

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import attnres_fx
 from attnres_fx import cli
-from attnres_fx.errors import OptionError
+from attnres_fx.errors import KernelError, OptionError
 from attnres_fx.kernel_table import Kernel, KernelTable
-from attnres_fx.options import KERNELS, Options
+from attnres_fx.options import Options
 from attnres_fx.passes._compat import inner_error
-from attnres_fx.passes.kernels import use_reference
+from attnres_fx.passes.select import KERNELS, select_kernels
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.mix import MIX, MIX_REFERENCE, mix
 
@@ -44,7 +44,7 @@ def test_the_table_is_frozen_and_prints() -> None:
     table = attnres_fx.kernels()
     with pytest.raises(FrozenInstanceError):
         table[0].device = "cuda"  # type: ignore[misc]
-    assert {row.implementation for row in table} <= {"native", "reference"} and all(row.reason for row in table)
+    assert {row.implementation for row in table} <= {"native", "reference", "triton"} and all(row.reason for row in table)
     assert "any other" in str(table) and json.dumps(table.to_dict())
 
 
@@ -126,11 +126,11 @@ def test_a_mix_in_a_plain_graph_is_chosen_too() -> None:
 
     torch.compile(lambda *s: mix(list(s), query) + torch.ops.attnres.mix(list(s), query, None), backend=backend)(*sources)
     before = graphs[0].code
-    after = use_reference(graphs[0])
+    after = select_kernels(graphs[0], "reference")
     assert graphs[0].code == before and after.code.count("mix_reference") == 2
     targets = [node.target for node in after.graph.nodes if node.op == "call_function"]
     assert targets.count(MIX_REFERENCE) == 2 and MIX not in targets
-    assert use_reference(after) is after
+    assert select_kernels(after, "reference") is after
 
 
 def test_native_is_refused_where_it_cannot_be(no_compiler: None) -> None:
@@ -138,4 +138,4 @@ def test_native_is_refused_where_it_cannot_be(no_compiler: None) -> None:
     with pytest.warns(native.NativeKernelsWarning), pytest.raises(Exception) as caught:
         torch.compile(model, backend="attnres", options={"kernels": "native"})(ids)
     error = inner_error(caught.value)
-    assert isinstance(error, OptionError) and "no C++ compiler" in str(error) and "attnres doctor" in str(error)
+    assert isinstance(error, KernelError) and "no C++ compiler" in str(error) and "attnres doctor" in str(error)

@@ -1,0 +1,125 @@
+"""What the Triton kernels move: bytes per token, by the choices of the launcher.
+
+Counted is what has to come from and go to memory for a token: rows, and the scalars that one launch leaves for the next.
+Parameters and partial rows are left out; they are the same for any number of tokens, stay in the cache, and are counted by
+:func:`fixed_bytes`. A test holds all of it against the loads and stores of the kernels in the interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .triton import configs
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and written."""
+
+    read: float
+    written: float
+
+    @property
+    def total(self) -> float:
+        return self.read + self.written
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.read + other.read, self.written + other.written)
+
+    def __mul__(self, factor: float) -> Traffic:
+        return Traffic(self.read * factor, self.written * factor)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One mix: number of sources, width, queries, bytes of a stored element and of an accumulated one.
+
+    ``add``: the last source is formed by the launch, as partial + delta. ``tokens`` decides nothing but ``fixed_bytes``.
+    """
+
+    count: int
+    width: int
+    queries: int = 1
+    element: int = 2
+    accumulate: int = 4
+    add: bool = False
+
+    @property
+    def row(self) -> int:
+        """Bytes of a stored row."""
+        return self.width * self.element
+
+
+def _runs(items: int, most: int) -> int:
+    return math.ceil(items / most)
+
+
+def forward(mix: Mix) -> Traffic:
+    """Bytes per token of the one-pass forward: every source once for each group of queries, the mixes written once."""
+    groups = _runs(mix.queries, configs.forward_queries(mix.width))
+    launches = _runs(mix.count, configs.FORWARD_SOURCES)
+    state = (launches - 1) * mix.queries * (mix.width + 2) * mix.accumulate
+    added = groups if mix.add else 0
+    return Traffic((groups * mix.count + added) * mix.row + state, (mix.queries + added) * mix.row + state)
+
+
+def backward(mix: Mix) -> Traffic:
+    """Bytes per token of the one-pass backward: gradients of the sources, and sums for those of the parameters."""
+    groups = _runs(mix.queries, configs.backward_queries(mix.width))
+    total = Traffic(0, 0)
+    for group in range(groups):
+        queries = (group + 1) * mix.queries // groups - group * mix.queries // groups
+        # Several groups add up in the dtype of the statistics, and the sum is rounded by one more copy.
+        grad_row = mix.row if groups == 1 else mix.width * mix.accumulate
+        prior = mix.count * grad_row if group > 0 else 0
+        total += _backward_group(mix, queries, grad_row) + Traffic(prior, 0)
+    if groups > 1:
+        total += Traffic(mix.count * mix.width * mix.accumulate, mix.count * mix.row)
+    return total
+
+
+def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
+    written = mix.count * grad_row
+    if configs.backward_tile(mix.width, mix.count, queries) is not None:
+        return Traffic((mix.count + queries) * mix.row, written)
+    score_launches = _runs(mix.count, configs.FORWARD_SOURCES)
+    grad_launches = _runs(mix.count, configs.split_sources(mix.width))
+    rows = (2 * mix.count + (score_launches + grad_launches) * queries) * mix.row
+    # The softmax over depth between the launches reads and writes the same scalars a few times more; torch does it.
+    scalars = mix.count * (2 * queries + 1) * mix.accumulate
+    return Traffic(rows + scalars, written + scalars)
+
+
+def one_pass_network(layers: int, per_block: int, width: int, element: int = 2) -> float:
+    """Average elements / d moved per token and layer if every mix is one-pass with the addition inside, inference.
+
+    One more mix reads the blocks at the output. What the layers themselves read and write is left out, as in the paper.
+    """
+    total = 0.0
+    for position in range(1, layers + 1):
+        # The output of layer `position` is added first (none is read back where it opens a block).
+        blocks = 1 + (position - 1) // per_block
+        opens = (position - 1) % per_block == 0
+        mix = Mix(blocks + 1, width, element=element, add=not opens)
+        total += forward(mix).total / mix.row
+    return total / layers
+
+
+def two_phase_network(layers: int, per_block: int) -> float:
+    """The paper's own count for Block AttnRes, in d per token and layer: N / S + 5 (Table 1)."""
+    return layers / per_block / per_block + 5
+
+
+def fixed_bytes(mix: Mix, tokens: int) -> dict[str, Traffic]:
+    """Parameters and partial rows of one forward and one backward at ``tokens`` tokens (float32 query, no gain)."""
+    programs = math.ceil(tokens / configs.forward_tile(mix.width, mix.queries).block_t)
+    vector = mix.width * mix.accumulate
+    launches = _runs(mix.count, configs.FORWARD_SOURCES)
+    result = {"forward": Traffic(programs * launches * mix.queries * vector, 0)}
+    held = configs.backward_tile(mix.width, mix.count, mix.queries)
+    if held is not None:
+        partial = configs.programs(tokens, held) * mix.queries * vector
+        result["backward"] = Traffic(partial, partial)
+        result["reduction"] = Traffic(partial, mix.queries * vector)
+    return result

@@ -1,0 +1,322 @@
+"""The Triton kernels in Triton's interpreter, against the reference in float64. Run by test_triton.py in a process with
+TRITON_INTERPRET=1, which Triton reads when it is first imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import models
+import pytest
+import torch
+import traffic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attnres_fx
+from attnres_fx.errors import KernelError
+from attnres_fx.runtime import costs, reference
+from attnres_fx.runtime.triton import configs, launch
+from attnres_fx.runtime.mix import MIX_TRITON
+
+DEFAULTS = (1e-6, 1.0, False, 1.0)
+FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22, torch.float64: 2.0**-48}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        yield
+
+
+@pytest.fixture(params=["held", "split"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways through the backward, whatever the table would choose."""
+    if request.param == "split":
+        monkeypatch.setattr(configs, "backward_tile", lambda *_: None)
+
+
+def make(
+    count: int, shape: Sequence[int], dtype: torch.dtype = torch.float64, queries: int | None = None, gain: str = ""
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    width = shape[-1]
+    sources = [(torch.randn(*shape, dtype=torch.float64) * (0.5 + i % 3)).to(dtype) for i in range(count)]
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    query = torch.randn(*(() if queries is None else (queries,)), width, dtype=exact) * 2 / math.sqrt(width)
+    if not gain:
+        return sources, query, None
+    return sources, query, 1 + 0.3 * torch.randn(query.shape if gain == "same" else (width,), dtype=exact)
+
+
+def check(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None = None, options: tuple[Any, ...] = DEFAULTS,
+    again: bool = False,
+) -> None:
+    """Values, all gradients, dtypes and strides; twice, bit by bit, if wished."""
+    exact = [s.double() for s in sources], query.double(), None if key_gain is None else key_gain.double()
+    result = launch.mix(sources, query, key_gain, *options)
+    dtype = reference.result_dtype(sources)
+    assert result.dtype == dtype
+    assert result.is_contiguous()
+    expected = reference.mix_forward(*exact, *options)
+    assert largest([result.double() - expected]) <= 8 * EPSILON[dtype] * largest([expected])
+
+    cotangent = torch.randn(result.shape, dtype=torch.float64).to(dtype)
+    grads = launch.mix_backward(cotangent, sources, query, key_gain, *options)
+    wanted = reference.mix_backward(cotangent.double(), *exact, *options)
+    tensors = [*sources, query, *([] if key_gain is None else [key_gain])]
+    # Rounding is relative to the terms of a gradient, which may cancel, not to their sum.
+    computed = torch.float64 if any(s.dtype == torch.float64 for s in sources) else torch.float32
+    terms = abs(options[3]) * largest([cotangent]) * (1 + largest(tensors[len(sources):])) ** 2
+    inverse_rms = [torch.rsqrt(s.double().square().mean(-1) + 1e-6) for s in sources]
+    terms *= (1 + largest(sources)) * (1 + largest(inverse_rms)) * cotangent.numel() ** 0.5
+    for tensor, grad, want in zip(tensors, grads, wanted, strict=True):
+        assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape)
+        bound = 4 * EPSILON[computed] * terms + 2 * EPSILON[tensor.dtype] * largest([want])
+        assert largest([grad.double() - want]) <= bound
+    if again:
+        assert torch.equal(result, launch.mix(sources, query, key_gain, *options))
+        second = launch.mix_backward(cotangent, sources, query, key_gain, *options)
+        assert all(torch.equal(a, b) for a, b in zip(grads, second, strict=True))
+
+
+def largest(tensors: Sequence[Tensor]) -> float:
+    return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
+
+
+@pytest.mark.parametrize("options", FAMILY)
+@pytest.mark.parametrize("queries, gain", [(None, ""), (None, "same"), (3, ""), (5, "one"), (3, "same")])
+@pytest.mark.usefixtures("path")
+def test_family(options: tuple[Any, ...], queries: int | None, gain: str) -> None:
+    check(*make(3, (2, 2, 12), queries=queries, gain=gain), options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 33, 64, 65, 128])
+def test_number_of_sources(count: int) -> None:
+    check(*make(count, (1, 6)))
+
+
+def test_one_source_of_normalized_values() -> None:
+    check(*make(1, (3, 6), gain="same"), FAMILY[2])
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 1), (1, 1000), (70, 8), (1, 2304), (1, 4100), (0, 4), (1, 1, 1)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    check(*make(3, shape, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", list(EPSILON))
+@pytest.mark.usefixtures("path")
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(*make(4, (3, 40), dtype, gain="same"), again=True)
+
+
+def test_mixed_dtypes() -> None:
+    sources, query, _ = make(4, (3, 8), torch.float32)
+    sources[1], sources[2] = sources[1].bfloat16(), sources[2].half()
+    check(sources, query.bfloat16())
+    check([sources[0].double(), *sources[1:]], query)
+
+
+@pytest.mark.usefixtures("path")
+def test_layouts() -> None:
+    sources, query, _ = make(5, (3, 4, 8))
+    sources[0] = torch.randn(3, 4, 16, dtype=torch.float64)[..., ::2]
+    sources[1] = torch.randn(4, 3, 8, dtype=torch.float64).transpose(0, 1)
+    sources[2] = torch.randn(1, 1, 8, dtype=torch.float64).expand(3, 4, 8)
+    sources[3] = torch.randn(3, 4, 24, dtype=torch.float64)[..., 8:16]
+    sources[4] = torch.randn(3, 4, 1, dtype=torch.float64).expand(3, 4, 8)
+    check(sources, query)
+
+
+def test_an_expanded_gradient() -> None:
+    sources, query, _ = make(3, (3, 4, 8))
+    grad = torch.ones((), dtype=torch.float64).expand(3, 4, 8)
+    got = launch.mix_backward(grad, sources, query, None, *DEFAULTS)
+    for a, b in zip(got, reference.mix_backward(grad, sources, query, None, *DEFAULTS), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    count=st.integers(1, 12), tokens=st.integers(1, 5), width=st.integers(1, 80), queries=st.none() | st.integers(1, 4),
+    gain=st.sampled_from(["", "same", "one"]), options=st.sampled_from(FAMILY), seed=st.integers(0, 99))
+def test_random_sizes(
+    count: int, tokens: int, width: int, queries: int | None, gain: str, options: tuple[Any, ...], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    check(*make(count, (tokens, width), queries=queries, gain=gain), options)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Three rows, 2^31 elements apart; nothing between them is touched, so nothing but address space is taken."""
+    far = torch.empty(2**32 + 8, dtype=torch.bfloat16).as_strided((3, 8), (2**31, 1))
+    far.copy_(torch.randn(3, 8))
+    check([far, torch.randn(3, 8).bfloat16()], torch.randn(8))
+
+
+def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers start poisoned, so that what a kernel leaves out shows."""
+    plain = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        made = plain(*args, **kwargs)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for count, tokens in ((3, 5), (30, 2)):
+        sources, query, gain = make(count, (tokens, 10), queries=3, gain="one")
+        result = launch.mix(sources, query, gain, *DEFAULTS)
+        grads = launch.mix_backward(torch.ones_like(result), sources, query, gain, *DEFAULTS)
+        assert all(t.isfinite().all() for t in (result, *grads))
+
+
+def test_more_tokens_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "PARTIAL_ROWS", 3)
+    check(*make(3, (2, 7, 1024), torch.float32, gain="same"), again=True)
+
+
+def test_nan_and_infinity_do_not_vanish() -> None:
+    for value in (math.nan, math.inf):
+        sources, query, _ = make(3, (2, 4))
+        sources[1][0, 2] = value
+        result = launch.mix(sources, query, None, *DEFAULTS)
+        assert result[0].isnan().any()
+        assert result[1].isfinite().all()
+
+
+def test_gradients_add_to_earlier_ones() -> None:
+    sources, query, _ = make(3, (4, 8))
+    problem = launch.Problem.of(sources, query, None, launch.Options(*DEFAULTS))
+    grad = torch.randn(1, 4, 8, dtype=torch.float64)
+    earlier = [torch.randn(4, 8, dtype=torch.float64) for _ in sources]
+    held = [t.clone() for t in earlier]
+    launch.backward(problem, grad, held, torch.empty(1, 8, dtype=torch.float64), None, priors=held)
+    wanted = reference.mix_backward(grad[0], sources, query, None, *DEFAULTS)
+    for got, before, own in zip(held, earlier, wanted, strict=False):
+        torch.testing.assert_close(got, before + own)
+
+
+def test_too_wide_is_refused() -> None:
+    with pytest.raises(KernelError, match="at most 8192"):
+        launch.mix([torch.zeros(1, 8193)] * 2, torch.zeros(8193), None, *DEFAULTS)
+
+
+def test_the_operator() -> None:
+    sources, query, gain = make(3, (2, 5), torch.float32, gain="same")
+    leaves = [t.requires_grad_() for t in (*sources, query, gain) if t is not None]
+    torch.library.opcheck(MIX_TRITON, (sources, query, gain))
+    result = MIX_TRITON(sources, query, gain)
+    grads = torch.autograd.grad(result.square().sum(), leaves)
+    wanted = torch.autograd.grad(attnres_fx.mix(sources, query, gain).square().sum(), leaves)
+    torch.testing.assert_close(grads, wanted)
+
+
+# Traffic
+
+
+@pytest.mark.parametrize("count, width, queries", [(9, 1024, 1), (9, 64, 1), (30, 1024, 1), (4, 1024, 3), (9, 4096, 1)])
+def test_the_cost_model_is_what_the_kernels_move(count: int, width: int, queries: int) -> None:
+    tokens = 3
+    sources, query, _ = make(count, (tokens, width), torch.bfloat16, queries=queries)
+    named = {f"source {i}": s for i, s in enumerate(sources)}
+    mix = costs.Mix(count, width, queries)
+    with traffic.counting({**named, "query": query}) as moved:
+        result = launch.mix(sources, query, None, *DEFAULTS)
+    # A source is read once by each launch that its group of queries takes.
+    groups = math.ceil(queries / configs.forward_queries(width))
+    assert all(moved.loaded[name] == groups * tokens * mix.row for name in named)
+    assert moved.loaded.total() - moved.loaded["query"] == tokens * costs.forward(mix).read
+    assert moved.stored.total() == tokens * costs.forward(mix).written
+    assert moved.loaded["query"] == costs.fixed_bytes(mix, tokens)["forward"].read
+
+    grad = torch.randn_like(result)
+    with traffic.counting({**named, "query": query, "grad": grad}) as moved:
+        launch.mix_backward(grad, sources, query, None, *DEFAULTS)
+    fixed = costs.fixed_bytes(mix, tokens)
+    if queries == 1:
+        rows = costs.backward(mix)
+        if "backward" in fixed:
+            assert all(moved.loaded[name] == tokens * mix.row for name in (*named, "grad"))
+            partial = fixed["backward"] + fixed["reduction"]
+            assert moved.loaded.total() == tokens * rows.read + partial.read
+            assert moved.stored.total() == tokens * rows.written + partial.written
+        else:
+            assert all(moved.loaded[name] == 2 * tokens * mix.row for name in named)
+
+
+def test_the_formed_partial_costs_two_rows() -> None:
+    sources, query, _ = make(4, (3, 64), torch.bfloat16)
+    delta = torch.randn(3, 64).bfloat16()
+    problem = launch.Problem.of(sources, query, None, launch.Options(*DEFAULTS))
+    with traffic.counting({"query": query}) as moved:
+        launch.forward(problem, torch.empty(1, 3, 64), delta=delta, partial_out=torch.empty(3, 64).bfloat16())
+    mix = dataclasses.replace(costs.Mix(4, 64), add=True)
+    assert moved.loaded.total() - moved.loaded["query"] == 3 * costs.forward(mix).read
+
+
+def test_against_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    """L=128, N=8, S=16: what one pass moves beside the paper's count for two phases."""
+    ours = costs.one_pass_network(128, 16, 4096)
+    paper = costs.two_phase_network(128, 16)
+    assert paper == 5.5
+    with capsys.disabled():
+        print(f"\nper token and layer, L=128 N=8 S=16: one pass {ours:.2f} d, two phases by the paper's Table 1 {paper} d")
+    assert 5.44 + 2 <= ours <= 5.44 + 4
+
+
+# The parts that fused nodes use
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
+    sources, query, gain = make(4, (5, 20), gain="same")
+    delta = torch.randn(5, 20, dtype=torch.float64)
+    weight, bias = torch.randn(20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    norm = launch.Norm(kind, weight, bias if kind == "layer" else None, 1e-5)
+    output, partial = torch.empty(1, 5, 20, dtype=torch.float64), torch.empty(5, 20, dtype=torch.float64)
+    problem = launch.Problem.of(sources, query, gain, launch.Options(*DEFAULTS))
+    launch.forward(problem, output, delta=delta, partial_out=partial, norm=norm)
+    assert torch.equal(partial, sources[-1] + delta)
+    mixed = reference.mix_forward([*sources[:-1], partial], query, gain, *DEFAULTS)
+    if kind == "rms":
+        expected = torch.nn.functional.rms_norm(mixed, (20,), weight, 1e-5)
+    else:
+        expected = torch.nn.functional.layer_norm(mixed, (20,), weight, bias, 1e-5)
+    torch.testing.assert_close(output[0], expected, rtol=1e-12, atol=1e-12)
+
+
+# The way from a model
+
+
+@pytest.mark.parametrize("downstream", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
+def test_a_compiled_llama_runs_them(downstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a converted model through torch.compile, against the reference kernels."""
+    calls = []
+    for name in ("mix", "mix_backward"):
+        original = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
+    model = models.llama(2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32)
+    ids = models.token_ids(1, 4)
+    attnres_fx.convert(model, (ids,), {"use_cache": False}, num_blocks=2)
+    with torch.no_grad():
+        for parameter in model.attnres.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    results = {}
+    for kernels in ("reference", "triton"):
+        torch.compiler.reset()
+        calls.clear()
+        options = {"kernels": kernels, "downstream": downstream}
+        logits = torch.compile(model, backend="attnres", options=options)(ids, use_cache=False).logits
+        model.zero_grad()
+        logits.square().sum().backward()
+        results[kernels] = [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+        assert calls == ([] if kernels == "reference" else ["mix"] * 4 + ["mix_backward"] * 4)
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * largest([want]) + 1e-7)

@@ -1,0 +1,132 @@
+"""The Triton kernels: their values in the interpreter, their binaries, and what is said where they cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+
+import attnres_fx
+from attnres_fx import cli
+from attnres_fx.errors import AttnResError, OptionError
+from attnres_fx.options import Options
+
+HERE = Path(__file__).parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+COMPILED = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET")
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, with the packages and modules of this one."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1",
+                   **variables}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(chosen: str) -> None:
+    """All of interpreted_triton.py: Triton reads the variable when it is first imported, hence the process."""
+    ran = python("-m", "pytest", "-m", chosen, str(HERE / "interpreted_triton.py"), TRITON_INTERPRET="1")
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    print(ran.stdout)
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = ("import sys; sys.modules['triton'] = None; import attnres_fx, attnres_fx.backend, torch; "
+            "print(attnres_fx.mix([torch.ones(2), torch.zeros(2)], torch.zeros(2)).tolist())")
+    ran = python("-c", code)
+    assert ran.stdout.strip() == "[0.5, 0.5]", ran.stderr
+
+
+@COMPILED
+def test_refused_on_a_cpu() -> None:
+    ids = models.token_ids()
+    converted = attnres_fx.convert(models.nanogpt(4), (ids,), num_blocks=2)
+    compiled = torch.compile(converted, backend="attnres", options={"kernels": "triton"})
+    with pytest.raises(Exception, match=r"no compiler for the CPU.*TRITON_INTERPRET=1") as caught:
+        compiled(ids)
+    assert "kernels" in str(caught.value)
+
+
+def test_the_option() -> None:
+    with pytest.raises(OptionError, match="did you mean 'triton'"):
+        Options.from_arguments(None, {"kernels": "tritn"})
+    assert Options.from_arguments(None, {}).kernels == "auto"
+
+
+def test_reference_by_name_gives_what_auto_gives() -> None:
+    ids = models.token_ids()
+    converted = attnres_fx.convert(models.nanogpt(4), (ids,), num_blocks=2)
+    grads = []
+    for kernels in ("auto", "reference"):
+        torch.compiler.reset()
+        compiled = torch.compile(converted, backend="attnres", options={"kernels": kernels, "downstream": "aot_eager"})
+        output = compiled(ids)
+        grads.append(torch.autograd.grad(output.square().sum(), list(converted.parameters()), allow_unused=True))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+# Binaries
+
+
+def _check(row: dict[str, object]) -> None:
+    assert row["spills"] == 0, row
+    assert row["load_bytes"] == 16, row
+    assert row["registers"] <= (512 if str(row["target"]).startswith("hip") else 255), row
+    # At least eight warps (four of AMD's, which are twice as wide) can be resident at once.
+    assert row["programs"] * row["warps"] >= (4 if str(row["target"]).startswith("hip") else 8), row
+
+
+@COMPILED
+def test_the_table_of_binaries(capsys: pytest.CaptureFixture[str]) -> None:
+    """One configuration of each kernel by the command line; the others are compiled by the slow test."""
+    assert cli.run(["kernels", "--target", "cuda:90", "--width", "1024", "--brief", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows} == {
+        "mix_forward", "mix_backward", "mix_scores", "mix_source_grads", "reduce_parameter_grads"}
+    for row in rows:
+        assert {"name", "config", "registers", "spills", "shared_bytes", "load_bytes"} <= set(row)
+        _check(row)
+
+
+@COMPILED
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
+def test_a_binary_of_the_other_targets(target: str) -> None:
+    from attnres_fx.runtime.triton import aot, backward, cases
+
+    _check(aot.compile_case(cases.Case("mix_backward", backward.mix_backward, 1024, 9), target).to_dict())
+
+
+@COMPILED
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_every_binary(target: str) -> None:
+    from attnres_fx.runtime.triton import aot, cases
+
+    for case in cases.cases():
+        _check(aot.compile_case(case, target).to_dict())
+
+
+def test_the_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    if INTERPRETED:
+        assert cli.run(["kernels", "--target", "cuda:90"]) == 2
+        return
+    assert cli.run(["kernels", "--target", "cuda:90", "--width", "64", "--brief"]) == 0
+    printed = capsys.readouterr().out
+    assert "registers" in printed
+    assert "not run on a GPU" in printed
+
+
+def test_unknown_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["kernels", "--target", "cuda:7"]) == 2
+    assert "cuda:90" in capsys.readouterr().err
+
+
+def test_errors_are_of_the_family() -> None:
+    assert issubclass(attnres_fx.errors.KernelError, AttnResError)
