@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import KernelError
+from attnres_fx.runtime.errors import KernelError
+
 from .configs import MAX_WIDTH
 
 

@@ -6,11 +6,11 @@ process that runs under ``TRITON_INTERPRET=1``, where the kernels are plain Pyth
 
 from __future__ import annotations
 
-import collections
 import functools
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..errors import OptionError
+from attnres_fx.runtime.errors import OptionError
+
 from . import cases
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -45,7 +46,7 @@ class Row:
     """What one compiled kernel uses.
 
     registers a thread, the larger of what the kernel and its calls need; spills: instructions (NVIDIA) or registers (AMD)
-    that go through memory; shared_bytes a program; load_bytes: the width of the global loads that fetch the most bytes;
+    that go through memory; shared_bytes a program; load_bytes: the narrowest global load needed to fetch the source rows;
     programs: how many fit on a multiprocessor by registers and shared memory.
     """
 
@@ -101,10 +102,11 @@ def compile_case(case: cases.Case, target_name: str) -> Row:
     else:
         registers, spills, loads = _read_amd(compiled.asm["amdgcn"])
         limits = _HIP[str(target.arch)]
+    load_bytes = _width(loads, case.row_bytes(target.warp_size))
     threads = arguments.warps * target.warp_size
     resident = limits.registers // max(1, threads * (-(-registers // 8) * 8))
     resident = min(resident, limits.shared_bytes // max(1, shared + (1024 if target.backend == "cuda" else 0)))
-    return Row(case.name, case.config, target_name, registers, spills, shared, loads, arguments.warps, resident)
+    return Row(case.name, case.config, target_name, registers, spills, shared, load_bytes, arguments.warps, resident)
 
 
 def _describe(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[Any, Any]) -> str:
@@ -122,8 +124,8 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_cuda(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, instructions that spill, and the prevailing width of global loads."""
+def _read_cuda(cubin: bytes) -> tuple[int, int, Counter[int]]:
+    """Registers, instructions that spill, and the bytes of global loads by their width."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -131,14 +133,14 @@ def _read_cuda(cubin: bytes) -> tuple[int, int, int]:
         code = subprocess.run([_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True).stdout
     registers = max(int(found) for found in re.findall(r"REG:(\d+)", usage.stdout + usage.stderr))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    loads: collections.Counter[int] = collections.Counter()
+    loads: Counter[int] = Counter()
     for suffixes in re.findall(r"\bLDG((?:\.\w+)*)", code):
         width = next((w for part in suffixes.split(".")[::-1] if part and (w := _WIDTHS.get(part)) is not None), 4)
         loads[width] += width
-    return registers, spills, _prevailing(loads)
+    return registers, spills, loads
 
 
-def _read_amd(text: str) -> tuple[int, int, int]:
+def _read_amd(text: str) -> tuple[int, int, Counter[int]]:
     """The same for AMD, from the assembler's own metadata."""
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", text)
@@ -146,13 +148,19 @@ def _read_amd(text: str) -> tuple[int, int, int]:
 
     registers = number("vgpr_count")  # on gfx942 this counts the AGPRs too
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    loads: collections.Counter[int] = collections.Counter()
+    loads: Counter[int] = Counter()
     for kind in re.findall(r"\b(?:global|buffer)_load_(\w+)", text):
         words = re.fullmatch(r"dword(?:x(\d))?", kind)
         width = 4 * int(words.group(1) or 1) if words else (2 if "short" in kind else 1)
         loads[width] += width
-    return registers, spills, _prevailing(loads)
+    return registers, spills, loads
 
 
-def _prevailing(loads: collections.Counter[int]) -> int:
-    return loads.most_common(1)[0][0] if loads else 0
+def _width(loads: Counter[int], wanted: int) -> int:
+    """The width of loads down to which the widest ones add up to the wanted bytes."""
+    fetched = 0
+    for width in sorted(loads, reverse=True):
+        fetched += loads[width]
+        if fetched >= wanted:
+            return width
+    return min(loads, default=0)

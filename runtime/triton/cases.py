@@ -14,6 +14,7 @@ import triton.language as tl
 from . import backward, configs, forward
 
 WIDTHS = (64, 256, 1000, 1024, 2048, 2304, 4096, 7168, 8192)
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 OPTIONS = {"EPS": 1e-6, "LOGIT_SCALE": 1.0, "OUTPUT_FACTOR": 1.0}
 
 
@@ -83,6 +84,13 @@ class Case:
             "VALUE_GAIN": self.normalize and self.gain, "ACC": tl.float32, **OPTIONS}
         return Arguments({name: values[name] for name in self.kernel.arg_names}, tile.warps)
 
+    def row_bytes(self, warp_size: int) -> int:
+        """Bytes of rows that one thread loads in one pass over its tile."""
+        tile = self.tile(warp_size)
+        rows = configs.REDUCE_ROWS if self.kernel is backward.reduce_parameter_grads else self.count * tile.block_t
+        size = 4 if self.kernel is backward.reduce_parameter_grads else TYPES[self.dtype]
+        return rows * tile.block_d * size // (tile.warps * warp_size)
+
     def tile(self, warp_size: int) -> configs.Tile:
         """The tile that the table gives. Raises ValueError for a backward whose rows do not fit."""
         if self.kernel is backward.reduce_parameter_grads:
@@ -90,7 +98,8 @@ class Case:
         if self.kernel is forward.mix_forward:
             return configs.forward_tile(self.width, self.queries, warp_size)
         if self.kernel is backward.mix_backward:
-            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size)
+            norm = not {"rms", "layer"}.isdisjoint(self.features)
+            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, norm)
             if tile is None:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
@@ -124,6 +133,7 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
             yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize)
             yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
                        features=("priors",))
-    if configs.backward_tile(width, 4, 1):
+    held = max((n for n in range(1, 33) if configs.backward_tile(width, n, 1, norm=True)), default=0)
+    if held:
         for norm in ("rms", "layer"):
-            yield Case("mix_backward", backward.mix_backward, width, 4, 1, dtype, features=("priors", norm))
+            yield Case("mix_backward", backward.mix_backward, width, held, 1, dtype, features=("priors", norm))

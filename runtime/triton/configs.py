@@ -51,7 +51,7 @@ def forward_queries(width: int) -> int:
 
 def forward_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     """Of ``mix_forward``: a thread holds 16 elements of a row, or 8 where several queries hold a sum each."""
-    return tile(width, 16 if queries == 1 or width > 4096 else 8, warp_size)
+    return tile(width, 16 if (width > 512 and queries == 1) or width > 4096 else 8, warp_size)
 
 
 def backward_queries(width: int) -> int:
@@ -59,18 +59,21 @@ def backward_queries(width: int) -> int:
     return 2 if width <= 2048 else 1
 
 
-def backward_tile(width: int, count: int, queries: int, warp_size: int = 32) -> Tile | None:
+def backward_tile(width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False) -> Tile | None:
     """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
 
-    A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128.
+    A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
     """
-    fits = (9 if width <= 2048 else 4 if width <= 4096 else 0) // queries
+    if norm:
+        fits = 7 if width <= 2048 else 0
+    else:
+        fits = (9 if width <= 2048 else 4 if width <= 4096 else 0) // queries
     return tile(width, 8, warp_size) if count <= fits else None
 
 
 def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     """Of ``mix_scores`` and ``mix_source_grads``, which take the sources one after the other."""
-    return tile(width, 16 if queries == 1 and width != 4096 else 8, warp_size)
+    return tile(width, 16 if width > 512 and queries == 1 and width != 4096 else 8, warp_size)
 
 
 def split_sources(width: int) -> int:

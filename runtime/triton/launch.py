@@ -16,8 +16,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
-from ..errors import KernelError
+from attnres_fx.runtime import reference
+from attnres_fx.runtime.errors import KernelError
+
 from . import backward as kernels
 from . import configs
 from .forward import mix_forward as forward_kernel
@@ -236,12 +237,23 @@ def backward(
     gain_grad: Tensor | None,
     *,
     priors: Sequence[Tensor | None] | None = None,
-) -> None:
+    norm: Norm | None = None,
+) -> tuple[Tensor, Tensor] | None:
     """Write the gradients of a mix.
 
     grad [M, tokens, d] with unit stride along d. source_grads: [tokens, d] each; priors are added to them, each None or
     [tokens, d] (it may be the gradient's own memory: accumulation). query_grad [M, d]; gain_grad as the gain.
+    With norm, grad is that of the normalised mix (of one query; the mix is computed again), and the gradients of the
+    norm's gain and bias are returned, [d] each in the dtype of the statistics.
+    Raises: ValueError for a norm of several queries.
     """
+    if norm is not None and len(problem.query) > 1:
+        raise ValueError(f"the norm of a mix is that of one query, got {len(problem.query)} queries")
+    norm_grads = None
+    count, warp = len(problem.sources), warp_size(grad.device)
+    if norm is not None and configs.backward_tile(problem.width, count, 1, warp, norm=True) is None:
+        grad, norm_grads = _before_norm(problem, grad, norm)
+        norm = None
     groups = chunks(len(problem.query), configs.backward_queries(problem.width))
     priors = [None] * len(source_grads) if priors is None else list(priors)
     # Several groups add up in the dtype of the statistics, so that every gradient is rounded once.
@@ -249,7 +261,8 @@ def backward(
     gain_parts = []
     for group in groups:
         own = problem.of_queries(group)
-        partial = _backward_group(own, grad[group], wide, priors)
+        partial, own_norm_grads = _backward_group(own, grad[group], wide, priors, norm)
+        norm_grads = norm_grads or own_norm_grads
         if gain_grad is None:
             own_gain_grad = None
         elif gain_grad.ndim == 2:
@@ -264,23 +277,47 @@ def backward(
             target.copy_(total)
         if gain_grad is not None and gain_parts:
             gain_grad.copy_(torch.stack(gain_parts).sum(0))
+    return norm_grads
+
+
+def _before_norm(problem: Problem, grad: Tensor, norm: Norm) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The gradient of the mix from that of its norm, and those of the norm's gain and bias, by torch operations."""
+    mixed = problem.empty(1, problem.tokens, problem.width)
+    forward(problem, mixed)
+    if norm.kind == "layer":
+        mixed = mixed - mixed.mean(-1, keepdim=True)
+    scale = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + norm.eps)
+    normed = mixed * scale
+    wide = grad.to(problem.accumulate)
+    own = wide if norm.gain is None else wide * norm.gain.to(problem.accumulate)
+    before = own - normed * (own * normed).mean(-1, keepdim=True)
+    if norm.kind == "layer":
+        before = before - own.mean(-1, keepdim=True)
+    return before * scale, ((wide * normed).sum((0, 1)), wide.sum((0, 1)))
 
 
 def _backward_group(
-    problem: Problem, grad: Tensor, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None]
-) -> Tensor:
-    """Write the gradients of the sources; return the partial rows [programs, 2, M, d] of the parameters' gradients."""
+    problem: Problem, grad: Tensor, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None], norm: Norm | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Write the gradients of the sources; return the partial rows [programs, 2, M, d] of the parameters' gradients, and
+    the gradients of the norm's parameters.
+    """
     count, tokens = len(problem.sources), problem.tokens
-    tile = configs.backward_tile(problem.width, count, len(problem.query), warp_size(grad.device))
+    tile = configs.backward_tile(problem.width, count, len(problem.query), warp_size(grad.device), norm is not None)
     if tile is None:
-        return _backward_split(problem, grad, source_grads, priors)
+        return _backward_split(problem, grad, source_grads, priors), None
     programs = configs.programs(tokens, tile)
     partial = problem.empty(programs, 2, len(problem.query), problem.width)
+    norm_partial = problem.empty(programs, 2, problem.width) if norm is not None else None
     kernels.mix_backward[(programs,)](
         grad, *_grad_strides(problem, grad), tuple(problem.sources), problem.strides(slice(None)), problem.query,
-        problem.gain, tuple(source_grads), tuple(priors), partial, None, None, tokens,
-        **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale, NORM="", NORM_EPS=0.0)
-    return partial
+        problem.gain, tuple(source_grads), tuple(priors), partial,
+        norm.gain if norm is not None else None, norm_partial, tokens, **problem.constants(tile), EPS=problem.options.eps,
+        LOGIT_SCALE=problem.options.logit_scale, NORM=norm.kind if norm else "", NORM_EPS=norm.eps if norm else 0.0)
+    if norm_partial is None:
+        return partial, None
+    gain_grad, bias_grad = norm_partial.sum(0).unbind(0)
+    return partial, (gain_grad, bias_grad)
 
 
 def _backward_split(

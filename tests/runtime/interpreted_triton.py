@@ -275,6 +275,7 @@ def test_against_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.usefixtures("path")
 def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
     sources, query, gain = make(4, (5, 20), gain="same")
     delta = torch.randn(5, 20, dtype=torch.float64)
@@ -290,6 +291,25 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
     else:
         expected = torch.nn.functional.layer_norm(mixed, (20,), weight, bias, 1e-5)
     torch.testing.assert_close(output[0], expected, rtol=1e-12, atol=1e-12)
+
+    assert gain is not None
+    leaves = [t.detach().requires_grad_() for t in (*sources[:-1], partial, query, gain, weight, bias)]
+    mixed = reference.mix_forward(leaves[:4], leaves[4], leaves[5], *DEFAULTS)
+    cotangent, of_partial = torch.randn(2, 5, 20, dtype=torch.float64)
+    if kind == "rms":
+        normed = torch.nn.functional.rms_norm(mixed, (20,), leaves[6], 1e-5)
+    else:
+        normed = torch.nn.functional.layer_norm(mixed, (20,), leaves[6], leaves[7], 1e-5)
+    (normed * cotangent + leaves[3] * of_partial).sum().backward()
+    problem = launch.Problem.of([*sources[:-1], partial], query, gain, launch.Options(*DEFAULTS))
+    grads = [torch.empty_like(t) for t in leaves[:4]]
+    query_grad, gain_grad = torch.empty(1, 20, dtype=torch.float64), torch.empty(20, dtype=torch.float64)
+    of_norm = launch.backward(problem, cotangent[None], grads, query_grad, gain_grad,
+                              priors=[None, None, None, of_partial], norm=norm)
+    assert of_norm is not None
+    got = [*grads, query_grad[0], gain_grad, of_norm[0], *(of_norm[1:] if kind == "layer" else ())]
+    for value, leaf in zip(got, leaves, strict=kind == "layer"):
+        torch.testing.assert_close(value, leaf.grad, rtol=1e-12, atol=1e-12)
 
 
 # The way from a model

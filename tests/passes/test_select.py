@@ -1,0 +1,46 @@
+"""Select: named kernels behind the mixes of a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnres_fx.errors import KernelError
+from attnres_fx.passes.capture import capture
+from attnres_fx.passes.select import select_kernels
+from attnres_fx.runtime import triton
+from attnres_fx.runtime.mix import MIX, mix
+from attnres_fx.runtime.variants import MIX_REFERENCE
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = torch.nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return mix([x, x.sin(), mix([x, x.cos()], self.query[0])], self.query[1])
+
+
+def targets(gm: torch.fx.GraphModule) -> list[object]:
+    return [node.target for node in gm.graph.nodes if "mix" in str(node.target)]
+
+
+def test_named_kernels_replace_the_mixes_of_a_copy() -> None:
+    x = torch.randn(3, 8)
+    gm, inputs = capture(Mixing(), (x,), {})
+    assert select_kernels(gm, "auto") is gm
+    chosen = select_kernels(gm, "reference")
+    assert targets(gm) == [MIX, MIX]
+    assert targets(chosen) == [MIX_REFERENCE, MIX_REFERENCE]
+    assert select_kernels(chosen, "reference") is chosen
+    torch.testing.assert_close(chosen(*inputs), gm(*inputs))
+
+
+def test_triton_is_refused_where_it_cannot_run() -> None:
+    gm, _ = capture(Mixing(), (torch.randn(3, 8),), {})
+    if triton.obstacle("cpu") is None:
+        assert targets(select_kernels(gm, "triton")) != [MIX, MIX]
+        return
+    with pytest.raises(KernelError, match="no compiler for the CPU"):
+        select_kernels(gm, "triton")
