@@ -84,7 +84,7 @@ def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
     if configs.backward_tile(mix.width, mix.count, queries) is not None:
         return Traffic((mix.count + queries) * mix.row, written)
     score_launches = _runs(mix.count, configs.FORWARD_SOURCES)
-    grad_launches = _runs(mix.count, configs.split_sources(mix.width))
+    grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries))
     rows = (2 * mix.count + (score_launches + grad_launches) * queries) * mix.row
     # The softmax over depth between the launches reads and writes the same scalars a few times more; torch does it.
     scalars = mix.count * (2 * queries + 1) * mix.accumulate

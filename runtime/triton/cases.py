@@ -129,7 +129,7 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
             if held:
                 yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize)
             yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize)
-            count = configs.split_sources(width)
+            count = configs.split_sources(width, queries)
             yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize)
             yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
                        features=("priors",))

@@ -65,7 +65,7 @@ def backward_tile(width: int, count: int, queries: int, warp_size: int = 32, nor
     A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
     """
     if norm:
-        fits = 7 if width <= 2048 else 0
+        fits = 0 if width > 2048 else 4 if width > 512 else 3
     else:
         fits = (9 if width <= 2048 else 4 if width <= 4096 else 0) // queries
     return tile(width, 8, warp_size) if count <= fits else None
@@ -76,9 +76,9 @@ def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     return tile(width, 16 if width > 512 and queries == 1 and width != 4096 else 8, warp_size)
 
 
-def split_sources(width: int) -> int:
+def split_sources(width: int, queries: int) -> int:
     """How many sources one launch of ``mix_source_grads`` takes; each launch reads the incoming gradient again."""
-    return 4 if width <= 4096 else 2
+    return 4 if width <= 4096 and queries == 1 else 2
 
 
 def programs(tokens: int, tile: Tile) -> int:

@@ -345,7 +345,7 @@ def _backward_split(
     keys = score_grads * scales
 
     programs = configs.programs(tokens, tile)
-    parts = chunks(count, configs.split_sources(problem.width))
+    parts = chunks(count, configs.split_sources(problem.width, queries))
     partial = problem.empty(len(parts) * programs, 2, queries, problem.width)
     for index, part in enumerate(parts):
         kernels.mix_source_grads[(programs,)](

@@ -39,7 +39,7 @@ def _seed() -> Iterator[None]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways through the backward, whatever the table would choose."""
     if request.param == "split":
-        monkeypatch.setattr(configs, "backward_tile", lambda *_: None)
+        monkeypatch.setattr(configs, "backward_tile", lambda *_, **__: None)
 
 
 def make(

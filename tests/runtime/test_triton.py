@@ -32,7 +32,8 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_the_interpreter(chosen: str) -> None:
     """All of interpreted_triton.py: Triton reads the variable when it is first imported, hence the process."""
-    ran = python("-m", "pytest", "-m", chosen, str(HERE / "interpreted_triton.py"), TRITON_INTERPRET="1")
+    file = str(HERE / "interpreted_triton.py")
+    ran = python("-m", "pytest", "-o", "pythonpath=", "-m", chosen, file, TRITON_INTERPRET="1")
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     print(ran.stdout)
 
