@@ -1,5 +1,5 @@
 # One virtual environment in the checkout, made once; every target runs in it.
-#   make demo | test | test-slow | test-zoo | support | lint | benchmark | wheel | clean      ARGS="..." is handed on to the program.
+#   make demo | test | test-slow | test-zoo | test-binaries | support | lint | benchmark | wheel | clean      ARGS="..." is handed on to the program.
 
 PYTHON ?= python3
 ARGS ?=
@@ -15,7 +15,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 
 # A copy of the package as users get it. mypy does not follow the finder of an editable installation.
 TYPED := build/typed
 
-.PHONY: demo test test-slow test-zoo support lint benchmark wheel clean
+.PHONY: demo test test-slow test-zoo test-binaries support lint benchmark wheel clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py $(ARGS)
@@ -28,6 +28,9 @@ test-slow: $(STAMP)
 
 test-zoo: $(STAMP)
 	$(RUN) -m pytest -m zoo -s tests/zoo $(ARGS)
+
+test-binaries: $(STAMP)
+	$(RUN) -m pytest -m binaries tests/runtime $(ARGS)
 
 support: $(STAMP)
 	$(RUN) -m pytest -m zoo tests/zoo --support-table README.md $(ARGS)

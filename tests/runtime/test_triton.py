@@ -105,7 +105,7 @@ def test_a_binary_of_the_other_targets(target: str) -> None:
 
 
 @COMPILED
-@pytest.mark.slow
+@pytest.mark.binaries
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_every_binary(target: str) -> None:
     from attnres_fx.runtime.triton import aot, cases
