@@ -31,12 +31,12 @@ from attnres_fx.passes.vocabulary import (
     Addition,
     addition_of,
     base_of,
+    changes_of,
     is_contraction,
     is_mutation,
     keeps_identity,
     op_name,
     passed_through,
-    viewed,
 )
 
 # How far a skip is followed back through operations on the stream, in nodes: a hand-written norm takes about ten.
@@ -397,17 +397,7 @@ def _readers(value: fx.Node, following: Layer | None) -> list[fx.Node]:
 
 def _mutations(value: fx.Node) -> list[Obstacle]:
     """In-place changes of a value, or of a view of it."""
-    found = []
-    pending, seen = [value], {value}
-    while pending:
-        name = pending.pop()
-        for user in name.users:
-            if is_mutation(user) and user.all_input_nodes and user.args and user.args[0] is name:
-                found.append(Obstacle("mutation", user))
-            elif viewed(user) is name and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return found
+    return [Obstacle("mutation", node) for node in changes_of(value)]
 
 
 def _mixed(stream: Stream, reads: dict[fx.Node, fx.Node]) -> list[Obstacle]:

@@ -13,6 +13,7 @@ from attnres_fx.passes.normalize import normalize_graph
 from attnres_fx.passes.plan import StreamPlan, find_sites, owner_path, tracer_path
 from attnres_fx.passes.rewrite import Assignment, rewrite_graph
 from attnres_fx.passes.streams import Stream
+from attnres_fx.passes.unfuse import unfuse_graph
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, SitesChangedError, SplitStreamError
 from attnres_fx.runtime.marker import ENTER
 
@@ -42,9 +43,11 @@ def lower_marked(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StreamPlan]]:
 
 
 def prepare(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a traced graph on which detection works: bodies inlined, additions normalized. No code is generated."""
+    """A copy of a traced graph on which detection works: bodies inlined, fused operators taken
+    apart, additions normalized. No code is generated."""
     gm = copy_graph_module(gm)
     inline_graph(gm)
+    unfuse_graph(gm.graph)
     normalize_graph(gm.graph)
     return gm
 

@@ -172,6 +172,22 @@ def is_mutation(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__") and module.startswith(("torch", "_operator", ""))
 
 
+def changed_by(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensors that ``node`` changes in place: by its schema where it has one, else its first argument or ``out``."""
+    if not is_mutation(node):
+        return ()
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+        target = getattr(target, target.overloads()[0])
+    if isinstance(target, torch._ops.OpOverload):
+        given = [argument(node, index, declared.name) for index, declared in enumerate(target._schema.arguments)
+                 if declared.alias_info is not None and declared.alias_info.is_write]
+    else:
+        given = [node.kwargs.get("out", node.args[0] if node.args else None)]
+    parts = [part for value in given for part in (value if isinstance(value, (list, tuple)) else [value])]
+    return tuple(part for part in parts if isinstance(part, fx.Node))
+
+
 VIEWS = RESHAPES | PERMUTES | frozenset({
     "getitem", "expand", "expand_as", "narrow", "select", "slice", "chunk", "split", "unbind", "tensor_split", "detach",
     "alias", "diagonal", "unfold", "as_strided", "split_with_sizes", "T", "getattr", "real", "imag",
@@ -196,6 +212,21 @@ def _returns_alias(name: str) -> bool:
         return False
     returns = [value for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]
     return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+
+
+def changes_of(value: fx.Node) -> list[fx.Node]:
+    """The nodes that change ``value``, or a view of it, in place."""
+    found: list[fx.Node] = []
+    pending, seen = [value], {value}
+    while pending:
+        name = pending.pop()
+        for user in name.users:
+            if name in changed_by(user):
+                found.append(user)
+            elif viewed(user) is name and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return found
 
 
 def is_mix(node: fx.Node) -> bool:
