@@ -31,6 +31,8 @@ from attnres_fx.runtime.parameters import AttnRes, StreamParameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
+GRAPH_PLANS = "attnres_plans"  # in the meta of a rewritten graph module, whose copies keep no class of ours: its plans
+
 
 def convert(
     model: Model,
@@ -77,6 +79,13 @@ def convert(
     _refuse_converted(inner)
     if mix_scale not in MIX_SCALES:
         raise OptionError(f"mix_scale is {mix_scale!r}", remedy="give 'paper' or 'sum'")
+    if isinstance(inner, fx.GraphModule):
+        from attnres_fx.graph_modules import convert_graph  # which builds on this file
+
+        convert_graph(inner, as_args(args), kwargs or {}, num_blocks=num_blocks, layers_per_block=layers_per_block,
+                      boundaries=boundaries, streams=streams, mix_scale=mix_scale, eps=eps, key_gain=key_gain,
+                      param_dtype=param_dtype)
+        return model
     gm, _ = capture(inner, as_args(args), kwargs or {})
     if markers_of(gm):
         raise AlreadyConvertedError("a part of this model is converted already",
@@ -198,6 +207,10 @@ def attach(model: nn.Module, plans: Sequence[StreamPlan], dtype: torch.dtype) ->
     owners: dict[str, nn.Module] = {}
     for plan in plans:
         owner = model.get_submodule(plan.owner)
+        if isinstance(owner, fx.GraphModule):
+            raise PlainPathError(
+                f"'{plan.owner or 'the model'}' is a graph (fx.GraphModule), whose forward is generated anew from it",
+                remedy="convert the graph itself: attnres_fx.convert(graph_module, args, ...) rewrites it in place")
         if "forward" in owner.__dict__:
             raise PlainPathError(
                 f"the forward of '{plan.owner or type(owner).__name__}' is replaced on the instance, so that the rewritten "
@@ -242,7 +255,10 @@ def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
 
 def plans_of(model: nn.Module) -> list[StreamPlan]:
     """The plans of a converted model, in graph order. Raises NotConvertedError."""
-    container = getattr(unwrap(model), "attnres", None)
+    inner = unwrap(model)
+    container = getattr(inner, "attnres", None)
+    if isinstance(inner, fx.GraphModule) and GRAPH_PLANS in inner.meta:
+        return [StreamPlan.from_json(text) for text in inner.meta[GRAPH_PLANS]]
     if not isinstance(container, AttnRes):
         raise NotConvertedError("this model is not converted", remedy="call attnres_fx.convert(model, args, ...) first")
     return [StreamPlan.from_json(parameters.plan) for parameters in container.streams.values()]

@@ -102,13 +102,11 @@ def check_mixes(gm: fx.GraphModule, plans: Sequence[StreamPlan]) -> None:
     for node in gm.graph.nodes:
         if not is_mix(node):
             continue
-        sources, row, _, eps, *_, factor = _mix_arguments(node, node.args)
-        rows: Any = row.args[0] if isinstance(row, fx.Node) and row.target is operator.getitem else None
-        stacked = rows.args[0] if isinstance(rows, fx.Node) else None
-        plan = by_query.get(str(stacked.target)) if isinstance(stacked, fx.Node) else None
+        sources, _, _, eps, *_, factor = _mix_arguments(node, node.args)
+        query, position = row_of(node)
+        plan = by_query.get(query)
         if plan is None:
             raise CheckpointFileError(f"the mix '{node.name}' in the program reads no row of a recorded query")
-        position = int(row.args[1])
         expected = (len(sources_at(plan.boundaries, position)), plan.eps, plan.output_factor(position))
         if (len(sources), eps, factor) != expected:
             raise CheckpointFileError(
@@ -118,6 +116,14 @@ def check_mixes(gm: fx.GraphModule, plans: Sequence[StreamPlan]) -> None:
     wanted = [(plan.name, position) for plan in plans for position in range(1, plan.num_layers + 1)]
     if sorted(seen) != sorted(wanted):
         raise CheckpointFileError(f"the program has mixes at {len(set(seen))} of the {len(wanted)} positions of its plan")
+
+
+def row_of(mix: fx.Node) -> tuple[str, int]:
+    """(path of the stacked query, row) that a mix of a rewritten program reads; an empty path if it reads none."""
+    row: Any = argument(mix, 1, "query")
+    rows: Any = row.args[0] if isinstance(row, fx.Node) and row.target is operator.getitem else None
+    stacked = rows.args[0] if isinstance(rows, fx.Node) else None
+    return (str(stacked.target), int(row.args[1])) if isinstance(stacked, fx.Node) else ("", 0)
 
 
 def _interpreted(interpreter: fx.Interpreter) -> Callable[..., Any]:

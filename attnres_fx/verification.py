@@ -82,7 +82,7 @@ class _Traced:
         return _isolated(lambda values: gm(*values), self._values(replaced), seed)
 
     def interpret(self, interpreter: fx.Interpreter, replaced: Mapping[str, Tensor], seed: int) -> Any:
-        return _isolated(lambda values: interpreter.run(*values), self._values(replaced), seed)
+        return _isolated(lambda values: interpreter.run(*values, enable_io_processing=False), self._values(replaced), seed)
 
     def _values(self, replaced: Mapping[str, Tensor]) -> list[Any]:
         names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
@@ -108,6 +108,11 @@ def verify(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = 
     """
     model = unwrap(model)
     plans = plans_of(model)
+    if isinstance(model, fx.GraphModule):
+        from attnres_fx.exported_verification import verify_program  # which builds on this file
+        from attnres_fx.graph_modules import program_of
+
+        return verify_program(program_of(model, as_args(args), kwargs or {}, plans), seed=seed)
     gm, inputs = capture(model, as_args(args), kwargs or {})
     if not markers_of(gm):
         raise NotConvertedError("this call of the model does not reach a converted stream",
@@ -221,8 +226,14 @@ def depth_weights(
     """
     model = unwrap(model)
     plans = {plan.name: plan for plan in plans_of(model)}
-    gm, inputs = capture(model, as_args(args), kwargs or {})
-    rewritten, _ = lower_marked(gm)
+    if isinstance(model, fx.GraphModule):
+        from attnres_fx.graph_modules import recorded  # which builds on this file
+
+        rewritten, inputs = recorded(model, as_args(args), kwargs or {})
+        gm = rewritten
+    else:
+        gm, inputs = capture(model, as_args(args), kwargs or {})
+        rewritten, _ = lower_marked(gm)
     collector = _WeightCollector(rewritten, plans)
     _Traced(gm, inputs).interpret(collector, {}, seed)
     return collector.weights

@@ -45,6 +45,19 @@ def fake_mode_of(values: Iterable[Any]) -> Any:
     return None
 
 
+def propagate_fake(gm: fx.GraphModule, args: Sequence[Any]) -> None:
+    """Give every node of ``gm`` its fake value as ``meta["val"]``; sizes of inputs other than 0 and 1 stay symbolic.
+
+    Each size is a symbol of its own: two sizes that are equal in these inputs alone must not be taken for one.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(duck_shape=False))
+    FakeTensorProp(gm, mode).propagate(*args)
+
+
 def run_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     """Hand a graph to Inductor with configuration patches."""
     from torch._inductor.compile_fx import compile_fx

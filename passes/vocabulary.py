@@ -93,12 +93,15 @@ def is_contraction(node: fx.Node) -> bool:
 
 
 def is_active_dropout(node: fx.Node) -> bool:
-    """Whether ``node`` is a dropout that changes values in the mode the graph was traced in."""
+    """Whether ``node`` is a dropout that changes values in the mode the graph was traced in.
+
+    A leaf module that a graph calls looks at its mode at every call, so that it is active whatever its mode is now.
+    """
     if op_name(node) not in DROPOUTS:
         return False
     if node.op == "call_module":
         module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
-        return bool(module.training) and float(getattr(module, "p", 0.0)) > 0
+        return float(getattr(module, "p", 0.0)) > 0
     probability = argument(node, 1, "p", 0.5)
     training = argument(node, 2, "training", argument(node, 2, "train", True))
     return bool(training) and probability != 0

@@ -216,3 +216,16 @@ def test_symbolic_sizes_tell_their_number_without_a_guard() -> None:
     assert _compat.hinted(5) == 5
     assert _compat.known_int(5) == 5
     assert len(size.node.shape_env.guards) == guards
+
+
+def test_fake_values_of_a_symbolically_traced_graph() -> None:
+    """Every node gets a value; sizes that are equal in the example alone are different symbols; weights stay static."""
+    gm = fx.symbolic_trace(Small())
+    _compat.propagate_fake(gm, (torch.randn(3, 3, 4),))
+    values = {node.name: value_of(node) for node in gm.graph.nodes if node.op != "output"}
+    assert set(values) == {"x", "inner", "add"}
+    for value in values.values():
+        first, second, width = value.shape
+        assert isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt) and width == 4
+        assert str(first) != str(second)
+    assert _compat.fake_mode_of(values.values()) is not None
