@@ -26,6 +26,9 @@ from attnres_fx.runtime.parameters import StreamParameters
 STREAMS = "_attnres_streams"  # on an owner: the parameters of its streams, registered at the root alone
 PART = "_attnres_part_of"  # on a module that holds layers: the path of its stream's owner
 _RUNNER = "_attnres_runner"
+# So many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see: Dynamo's
+# own limit, 8, is meant for what can fall back to running as it is.
+KINDS_OF_CALLS = 64
 
 
 def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -59,7 +62,8 @@ def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
 
     # The recompile limit is per code object: each model gets its own.
     own = types.FunctionType(marked.__code__.replace(), marked.__globals__, "forward", None, marked.__closure__)
-    compiled = compile_whole(own, run_rewritten, dynamic=None)
+    compiled = compile_whole(own, run_rewritten, dynamic=None,
+                             limit=max(KINDS_OF_CALLS, torch._dynamo.config.recompile_limit))
     module.__dict__[_RUNNER] = compiled
     return compiled
 

@@ -78,11 +78,12 @@ def run_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     )
 
 
-def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None,
+                  limit: int | None = None) -> Callable[..., Any]:
     """``torch.compile`` of one whole graph, with a recompile limit that is not shared with other functions."""
     compile_: Any = torch.compile  # its published signature does not list isolate_recompiles
     compiled: Callable[..., Any] = compile_(
-        function, backend=backend, fullgraph=True, dynamic=dynamic, isolate_recompiles=True)
+        function, backend=backend, fullgraph=True, dynamic=dynamic, recompile_limit=limit, isolate_recompiles=True)
     return compiled
 
 

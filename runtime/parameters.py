@@ -38,6 +38,10 @@ class AttnRes(nn.Module):
         for name, parameters in streams.items():
             self.add_module(name, parameters)
 
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """The value itself: a model that calls its children in turn, as ``nn.Sequential`` does, passes through this one."""
+        return value
+
     @property
     def streams(self) -> dict[str, StreamParameters]:
         """The parameters by stream name, in graph order."""

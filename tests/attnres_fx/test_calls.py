@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import attnres_fx
+from attnres_fx import runner
 
 REWRITTEN, RAISED = "rewritten", "raised"
 
@@ -203,7 +204,7 @@ def call_with_dynamo_disabled(c: Converted) -> Tensor:
 
 @row(RAISED)
 def call_past_the_recompile_limit(c: Converted) -> Tensor:
-    with torch._dynamo.config.patch(recompile_limit=1):
+    with torch._dynamo.config.patch(recompile_limit=1), mock.patch.object(runner, "KINDS_OF_CALLS", 1):
         for train in (True, False):
             for grad in (True, False):
                 with torch.set_grad_enabled(grad):
