@@ -12,15 +12,17 @@ from attnres_fx.analysis import as_args, name_streams, owner_of, unwrap
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import place_of
+from attnres_fx.passes.hidden import hidden_layers
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import MIX_SCALES, StreamPlan, relative_sites
 from attnres_fx.passes.recognize import recognize
-from attnres_fx.passes.streams import Stream
+from attnres_fx.passes.streams import Obstacle, Stream
 from attnres_fx.runner import PART, STREAMS, converted_class, is_converted_class, original_class
 from attnres_fx.runtime.errors import (
     AlreadyConvertedError,
     HandWrittenMixError,
+    HiddenLayersError,
     NoStreamError,
     NotConvertedError,
     OptionError,
@@ -130,6 +132,7 @@ def plan_streams(
             "the model spells attention residuals out already, and is not converted a second time",
             place=place_of(mixes[0].node), remedy="compile the model as it is")
     if not found:
+        refuse_hidden(gm)
         raise NoStreamError("no residual stream was found in the model",
                             remedy="attention residuals need additions x + f(x); attnres_fx.analyze shows what is seen")
     owners = [owner_of(stream, model) for stream in found]
@@ -147,6 +150,14 @@ def plan_streams(
         if not any(other.owner == plan.owner and other.sites == plan.sites for other in plans):
             plans.append(plan)  # a module called twice is one stream with one set of parameters
     return plans
+
+
+def refuse_hidden(gm: fx.GraphModule) -> None:
+    """Refuse a graph all of whose layers are hidden in bodies that detection does not enter; they are no plain network."""
+    hidden = hidden_layers(gm.graph)
+    if hidden:
+        _, why, remedy = Obstacle("hidden", hidden[0]).explain()
+        raise HiddenLayersError(f"no stream can be followed: {why}", place=place_of(hidden[0]), remedy=remedy)
 
 
 def _choose(found: Sequence[Stream], streams: Collection[str] | str | None) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from attnres_fx.conversion import attach, parameter_dtype, plan_streams
+from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
 from attnres_fx.options import Options
 from attnres_fx.passes._compat import compiling_frame, graph_break_reason, restart_tracing
 from attnres_fx.passes.detect import detect
@@ -45,6 +45,8 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
     _refuse_parts(modules)
     # What mixes already, by hand or by attnres_fx.mix, is compiled as it is.
     mixed = any(obstacle.kind == "mix" for stream in streams for obstacle in stream.obstacles)
+    if not streams:
+        refuse_hidden(working)
     if not streams or mixed or any(is_mix(node) for node in gm.graph.nodes):
         return
     broken = graph_break_reason(gm)

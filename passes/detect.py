@@ -22,6 +22,7 @@ from torch import fx
 
 from attnres_fx.passes.features import feature_dim
 from attnres_fx.passes.graph import float_tensor, same_size
+from attnres_fx.passes.hidden import cuts, hidden_layers
 from attnres_fx.passes.invariance import describe_norms
 from attnres_fx.passes.recognize_reads import depth_reads
 from attnres_fx.passes.streams import Layer, Obstacle, Stream
@@ -135,6 +136,10 @@ def detect_graph(graph: fx.Graph) -> list[Stream]:
     streams = [_stream(f"stream{index}", chain, search, reads) for index, chain in enumerate(chains)]
     for stream in streams:
         describe_norms(stream, search.order)
+    for node in hidden_layers(graph):
+        for stream in streams:
+            if cuts(node, stream, search.reach):
+                stream.obstacles.insert(0, Obstacle("hidden", node))
     return streams
 
 

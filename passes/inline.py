@@ -81,7 +81,10 @@ def _inline_one(gm: fx.GraphModule, node: fx.Node, count: int) -> list[fx.Node]:
             if op_name(node) == _CHECKPOINT:
                 copied.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 copied.meta["ac_graph_id"] = count
-            elif "ac_graph_id" in node.meta:
+            if op_name(node) == "invoke_subgraph":
+                # One body may serve several calls, and tells the modules of the first: only the call knows its own.
+                copied.meta["nn_module_stack"] = node.meta.get("nn_module_stack") or {}
+            if op_name(node) != _CHECKPOINT and "ac_graph_id" in node.meta:
                 copied.meta["recompute"], copied.meta["ac_graph_id"] = node.meta["recompute"], node.meta["ac_graph_id"]
             mapping[inner] = copied
             made.append(copied)

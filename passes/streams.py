@@ -12,6 +12,7 @@ from attnres_fx.passes.vocabulary import op_name
 from attnres_fx.runtime.errors import (
     GatedStreamError,
     HandWrittenMixError,
+    HiddenLayersError,
     MutatedStreamError,
     Place,
     PostNormError,
@@ -25,7 +26,7 @@ from attnres_fx.runtime.errors import (
 class Obstacle:
     """An operation on the stream itself that forbids the rewrite.
 
-    ``kind`` is "norm", "scale", "gate", "operation", "mutation" or "mix"; ``node`` does it.
+    ``kind`` is "norm", "scale", "gate", "operation", "mutation", "hidden" or "mix"; ``node`` does it.
     """
 
     kind: str
@@ -57,6 +58,10 @@ class Obstacle:
                 return (MutatedStreamError,
                         f"a value of the stream is changed in place by '{name}', which is not a residual addition",
                         "make the operation out of place, or add its result to the stream")
+            case "hidden":
+                return (HiddenLayersError,
+                        f"further layers of it are hidden in the body of '{name}', which may or may not run them",
+                        "run the layers without it")
             case "mix":
                 return (HandWrittenMixError,
                         f"values of this chain are mixed by a softmax over depth ('{name}'): the model spells attention "

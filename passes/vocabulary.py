@@ -88,8 +88,18 @@ def addition_of(node: fx.Node) -> Addition | None:
 
 
 def is_contraction(node: fx.Node) -> bool:
-    """Whether ``node`` contracts a dimension with weights or with another tensor."""
-    return op_name(node) in CONTRACTIONS
+    """Whether ``node`` contracts a dimension with weights or with another tensor, itself or in a body that it runs."""
+    return op_name(node) in CONTRACTIONS or any(
+        is_contraction(inner) for body in bodies_of(node) for inner in body.graph.nodes)
+
+
+def bodies_of(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that ``node``, a higher-order operator, runs: the branches of ``cond``, the body of ``while_loop``."""
+    owner = node.graph.owning_module
+    if owner is None or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    found = [getattr(owner, str(source.target), None) for source in node.all_input_nodes if source.op == "get_attr"]
+    return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
 def is_active_dropout(node: fx.Node) -> bool:

@@ -84,6 +84,10 @@ class MutatedStreamError(StreamRefusedError):
     """A value of the stream is changed in place by something that is not a residual addition."""
 
 
+class HiddenLayersError(StreamRefusedError):
+    """Layers of the stream are hidden in the body of a higher-order operator (cond, while_loop)."""
+
+
 class HandWrittenMixError(StreamRefusedError):
     """The chain of additions belongs to attention residuals that the model already spells out."""
 
