@@ -79,6 +79,6 @@ def _gpu() -> Kernel:
 
     refusal = obstacle("cuda")
     if refusal is not None:
-        return Kernel("cuda", "any", "any", "reference", "the package triton is not installed: pip install attnres-fx[triton]")
+        return Kernel("cuda", "any", "any", "reference", "triton is not installed: pip install attnres-fx[triton]")
     return Kernel("cuda", "any", f"d <= {MAX_WIDTH}; wider on the reference", "triton",
                   "Triton, compiled by it at the first call; not run on a GPU by the project's tests")

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from attnres_fx.passes._compat import known_int, plain_torch
-from attnres_fx.passes.graph import finish, float_tensor, insert_call, replace_uses, same_size, value_of
+from attnres_fx.passes.finish import finish
+from attnres_fx.passes.graph import float_tensor, insert_call, replace_uses, same_size, value_of
 from attnres_fx.passes.vocabulary import addition_of, changes_of, viewed
 
 aten = torch.ops.aten

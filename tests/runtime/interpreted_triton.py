@@ -20,8 +20,8 @@ from torch import Tensor
 import attnres_fx
 from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, reference
-from attnres_fx.runtime.triton import configs, launch
 from attnres_fx.runtime.mix import MIX_TRITON
+from attnres_fx.runtime.triton import configs, launch
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
 FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]
