@@ -8,6 +8,8 @@ import pytest
 import torch
 from scripts import load_script
 
+import attnres_fx
+
 
 def test_verdict_is_held_against_the_control() -> None:
     model = load_script("benchmarks/model.py")
@@ -36,3 +38,18 @@ def test_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(content["results"]) == 8 and content["machine"]["rounds"] == 2
     assert {result["variant"] for result in content["results"]} == {"plain", "control", "attnres", "pseudocode"}
     assert all(result["min_ms"] > 0 and result["deviation"] < 1e-3 for result in content["results"])
+
+
+def test_the_list_form_of_the_mix_benchmark_computes_the_mix() -> None:
+    mix = load_script("benchmarks/mix.py")
+    case = mix.make_case(5, 48, torch.float32, False, 0)
+    query, gain = torch.randn(48), torch.rand(48)
+    torch.testing.assert_close(mix.list_form(case.sets[0], query, gain), attnres_fx.mix(case.sets[0], query, gain))
+
+
+@pytest.mark.slow
+def test_mix_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    load_script("benchmarks/mix.py").main(["--quick", "--rounds", "2", "--json"])
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert {result["variant"] for result in results} == {"native", "control", "roofline", "inductor", "reference", "eager"}
+    assert len(results) == 4 * 5 + 4
