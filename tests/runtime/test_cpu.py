@@ -132,6 +132,14 @@ def test_logits_that_overflow_are_treated_as_softmax_does() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_sharp_softmax(dtype: torch.dtype) -> None:
+    """Weights down to nothing, which the kernels flush to zero, and the caller's rounding mode as it was before."""
+    compare([torch.randn(6, 1024).to(dtype) for _ in range(9)], torch.randn(1024), torch.rand(1024))
+    assert (torch.tensor(1e-38) / 100).item() > 0
+
+
+@needs_compiler
 def test_rows_beyond_the_cache_and_groups() -> None:
     compare([torch.randn(3, 8192) for _ in range(7)], torch.randn(8192) / 90, torch.rand(8192))
     compare([torch.randn(2, 5000) for _ in range(40)], torch.randn(3, 5000) / 70, torch.rand(5000), 1e-6, 1.0, True, 2.0)
