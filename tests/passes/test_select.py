@@ -9,8 +9,7 @@ from attnres_fx.errors import KernelError
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.select import select_kernels
 from attnres_fx.runtime import triton
-from attnres_fx.runtime.mix import MIX, mix
-from attnres_fx.runtime.variants import MIX_REFERENCE
+from attnres_fx.runtime.mix import MIX, MIX_REFERENCE, mix
 
 
 class Mixing(torch.nn.Module):
