@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import module_path, source_line, stack_paths
@@ -37,7 +38,8 @@ def report_of(gm: fx.GraphModule, model: nn.Module | None = None) -> Report:
     mixes = tuple(_mix_entry(node) for node in gm.graph.nodes if is_mix(node))
     streams = [s for s in detect(gm) if not any(o.kind == "mix" and is_mix(o.node) for o in s.obstacles)]
     name_streams(streams, [owner_of(stream, model) for stream in streams])
-    return Report(tuple(describe_stream(stream) for stream in streams), mixes)
+    seen = "" if streams or mixes else absence(gm.graph)
+    return Report(tuple(describe_stream(stream) for stream in streams), mixes, seen)
 
 
 def _mix_entry(node: fx.Node) -> MixEntry:

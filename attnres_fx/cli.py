@@ -254,7 +254,7 @@ def _plan(
         _refuse_plan_options(num_blocks, layers_per_block, streams)
         return report, list(opened.program.plans) if opened.program is not None else plans_of(opened.model)
     if not report.streams and not report.mixes:
-        raise NoStreamError("no residual stream was found in the model",
+        raise NoStreamError(f"no residual stream was found in the model: {report.seen}",
                             remedy="attention residuals need additions x + f(x) around the layers of a transformer")
     chosen = streams if streams is not None else [stream.name for stream in report.streams if stream.convertible]
     if not chosen and streams is None:

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from attnres_fx.analysis import as_args, name_streams, owner_of, unwrap
+from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import place_of
@@ -133,8 +134,8 @@ def plan_streams(
             place=place_of(mixes[0].node), remedy="compile the model as it is")
     if not found:
         refuse_hidden(gm)
-        raise NoStreamError("no residual stream was found in the model",
-                            remedy="attention residuals need additions x + f(x); attnres_fx.analyze shows what is seen")
+        raise NoStreamError(f"no residual stream was found in the model: {absence(gm.graph)}",
+                            remedy="attention residuals need additions x + f(x) around the layers of a transformer")
     owners = [owner_of(stream, model) for stream in found]
     name_streams(found, owners)
     chosen = _choose(found, streams)

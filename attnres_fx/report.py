@@ -66,10 +66,14 @@ class MixEntry:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`attnres_fx.analyze` found; ``print(report)`` gives a table."""
+    """What :func:`attnres_fx.analyze` found; ``print(report)`` gives a table.
+
+    ``seen`` says what was seen instead where there is neither a stream nor a mix.
+    """
 
     streams: tuple[ResidualStream, ...]
     mixes: tuple[MixEntry, ...] = ()
+    seen: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -77,7 +81,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.streams and not self.mixes:
-            return "no residual stream found"
+            return "no residual stream found" + (f": {self.seen}" if self.seen else "")
         tables = [streams_table(self.streams)] if self.streams else []
         tables += [found_table(self.mixes)] if self.mixes else []
         reasons = (f"\n{stream.name}: {stream.reason}" for stream in self.streams if stream.reason)

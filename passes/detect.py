@@ -14,9 +14,6 @@ of such additions, linked by identity through pass-throughs, are the streams. Th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 from torch import fx
 
@@ -24,93 +21,32 @@ from attnres_fx.passes.features import feature_dim
 from attnres_fx.passes.graph import float_tensor, same_size
 from attnres_fx.passes.hidden import cuts, hidden_layers
 from attnres_fx.passes.invariance import describe_norms
+from attnres_fx.passes.links import Link, Search
+from attnres_fx.passes.on_stream import (
+    back_to_link,
+    between,
+    classify,
+    hang,
+    injected,
+    joined,
+    lane_terms,
+    long_skips,
+    of_first,
+    origins,
+    state_update,
+)
 from attnres_fx.passes.recognize_reads import depth_reads
 from attnres_fx.passes.streams import Layer, Obstacle, Stream
 from attnres_fx.passes.vocabulary import (
-    BATCH_NORMS,
-    NORMS,
     Addition,
     addition_of,
     base_of,
     changes_of,
-    is_contraction,
+    has_one_reader,
     is_mutation,
     keeps_identity,
-    op_name,
     passed_through,
 )
-
-# How far a skip is followed back through operations on the stream, in nodes: a hand-written norm takes about ten.
-_ON_STREAM_REACH = 24
-_MULTIPLIES = {"mul", "__mul__", "imul", "mul_", "div", "truediv", "__truediv__", "div_", "lerp", "rmul", "__rmul__"}
-
-
-@dataclass(eq=False)
-class _Link:
-    """A residual addition found so far, and its place in the tree of additions that grow from one root."""
-
-    layer: Layer
-    root: fx.Node
-    position: int
-    parent: _Link | None
-    contraction: bool
-    obstacles: tuple[Obstacle, ...] = ()
-    children: list[_Link] = field(default_factory=list)
-    enclosed: bool = False  # within the branch of another addition that starts from the same value
-
-
-class _Search:
-    """The state of one detection: the order of nodes and the links found so far."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
-        self.links: dict[fx.Node, _Link] = {}
-        self.starts: dict[fx.Node, list[_Link]] = {}
-
-    def reach(self, source: fx.Node, target: fx.Node) -> tuple[bool, bool]:
-        """(whether ``source`` is an ancestor of ``target``, whether a contraction lies on a way between)."""
-        start = self.order[source]
-        if self.order[target] <= start:
-            return False, False
-        inputs: dict[fx.Node, list[fx.Node]] = {}
-        pending = [target]
-        leaps: dict[fx.Node, bool] = {}
-        while pending:
-            node = pending.pop()
-            if node in inputs:
-                continue
-            link = self.links.get(node)
-            if link is not None:
-                # A chain found already: leap to the source if it is on the chain, else to the root of the chain.
-                if self.on_chain(source, link):
-                    leaps[node] = True
-                    inputs[node] = []
-                    continue
-                inputs[node] = [link.root] if start < self.order[link.root] else []
-            else:
-                inputs[node] = list(node.all_input_nodes)
-            pending += [i for i in inputs[node] if self.order[i] > start and i not in inputs]
-        descends = {source: False}
-        for node in sorted(inputs, key=self.order.__getitem__):
-            if node in leaps:
-                descends[node] = True
-                continue
-            ways = [descends[i] for i in inputs[node] if i in descends]
-            if ways:
-                descends[node] = any(ways) or is_contraction(node) or node in self.links
-        return (target in descends), descends.get(target, False)
-
-    def on_chain(self, source: fx.Node, link: _Link) -> bool:
-        """Whether ``source`` is a proper earlier value of the chain that ``link`` ends."""
-        if source is link.root:
-            return True
-        other = self.links.get(source)
-        if other is None or other.root is not link.root or other.position > link.position:
-            return False
-        walk: _Link | None = link
-        while walk is not None and walk.position > other.position:
-            walk = walk.parent
-        return walk is other
 
 
 def detect(gm: fx.GraphModule) -> list[Stream]:
@@ -124,7 +60,7 @@ def detect(gm: fx.GraphModule) -> list[Stream]:
 
 def detect_graph(graph: fx.Graph) -> list[Stream]:
     """:func:`detect` on a bare graph."""
-    search = _Search(graph)
+    search = Search(graph)
     for node in graph.nodes:
         link = _link_of(node, search)
         if link is not None:
@@ -143,7 +79,7 @@ def detect_graph(graph: fx.Graph) -> list[Stream]:
     return streams
 
 
-def _enter(link: _Link, search: _Search) -> None:
+def _enter(link: Link, search: Search) -> None:
     """Hang a link into its tree; earlier additions to the same value that lead into its branch are enclosed by it."""
     siblings = link.parent.children if link.parent is not None else search.starts.setdefault(link.root, [])
     for sibling in siblings:
@@ -153,7 +89,7 @@ def _enter(link: _Link, search: _Search) -> None:
     search.links[link.layer.node] = link
 
 
-def _withdraw(inner: fx.Node, search: _Search) -> None:
+def _withdraw(inner: fx.Node, search: Search) -> None:
     """An inner sum turned out to be part of a larger one: take its own link back."""
     link = search.links.pop(inner, None)
     if link is not None:
@@ -161,7 +97,7 @@ def _withdraw(inner: fx.Node, search: _Search) -> None:
         siblings.remove(link)
 
 
-def _flatten(node: fx.Node, search: _Search) -> tuple[list[fx.Node], list[fx.Node]]:
+def _flatten(node: fx.Node, search: Search) -> tuple[list[fx.Node], list[fx.Node]]:
     """(operands of the whole sum, inner sums that nobody else reads)."""
     operands: list[fx.Node] = []
     inner: list[fx.Node] = []
@@ -174,12 +110,12 @@ def _flatten(node: fx.Node, search: _Search) -> tuple[list[fx.Node], list[fx.Nod
             continue
         for part in (found.right, found.left):
             lone, through = part, []
-            while len(lone.users) == 1 and keeps_identity(lone):
+            while has_one_reader(lone) and keeps_identity(lone):
                 through.append(lone)
                 lone = passed_through(lone) or lone
             value = float_tensor(lone)
             within = addition_of(lone)
-            opens = within is not None and len(lone.users) == 1 and not is_mutation(lone) and (
+            opens = within is not None and has_one_reader(lone) and not is_mutation(lone) and (
                 lone in search.links or _whole_parts(within, whole.shape))
             if opens and value is not None and same_size(value.shape, whole.shape) and value.dtype == whole.dtype:
                 inner += [lone, *through]
@@ -195,8 +131,11 @@ def _whole_parts(found: Addition, shape: torch.Size) -> bool:
     return all(value is not None and same_size(value.shape, shape) for value in values)
 
 
-def _link_of(node: fx.Node, search: _Search) -> _Link | None:
-    """``node`` as a residual addition, or None."""
+def _link_of(node: fx.Node, search: Search) -> Link | None:
+    """``node`` as a residual addition, or as another update of a stream, or None."""
+    updated = state_update(node, search)
+    if updated is not None:
+        return updated
     found, whole = addition_of(node), float_tensor(node)
     if found is None or whole is None or found.alpha != 1 or found.left is found.right or is_mutation(node):
         return None
@@ -219,117 +158,73 @@ def _link_of(node: fx.Node, search: _Search) -> _Link | None:
         if any(reached for reached, _ in ways):
             branches = sum(reached and contracts for reached, contracts in ways)
             layer = Layer(node, skip, terms, tuple(inner), branches)
-            return _plain_link(layer, base, any(contracts for _, contracts in ways), search)
+            apart = [term for term, (reached, _) in zip(terms, ways) if not reached]
+            return _plain_link(layer, base, any(contracts for _, contracts in ways), apart, search)
+    bases = [base_of(skip) for skip in skips]
+    leads = [link for base in bases if (link := search.links.get(base) or back_to_link(base, search)[0]) is not None]
     for skip in skips:
         terms = tuple(part for part in operands if part is not skip)
-        link = _obstructed_link(Layer(node, skip, terms, tuple(inner)), search)
+        link = _obstructed_link(Layer(node, skip, terms, tuple(inner)), leads, search)
         if link is not None:
             return link
     return None
 
 
-def _plain_link(layer: Layer, base: fx.Node, contraction: bool, search: _Search) -> _Link:
+def _plain_link(layer: Layer, base: fx.Node, contraction: bool, apart: list[fx.Node], search: Search) -> Link:
+    """``layer`` as the next of its chain; ``apart`` are its terms that do not descend from its skip."""
     parent = search.links.get(base)
+    if parent is None:
+        opened = injected(layer, search)
+        if opened is not None:
+            apart = apart + [term for term in opened[0].terms if term not in layer.terms]
+            layer, parent = opened
     if parent is not None:
-        return _Link(layer, parent.root, parent.position + 1, parent, contraction)
+        found = lane_terms(layer, parent.layer.node) + long_skips(layer, apart, parent, search)
+        return Link(layer, parent.root, parent.position + 1, parent, contraction, found)
     if contraction:
-        earlier, way = _back_to_link(base, search)
+        earlier, way = back_to_link(base, search)
         if earlier is not None:
-            obstacle = _classify(way, earlier.layer.node, search)
-            return _Link(layer, earlier.root, earlier.position + 1, earlier, contraction, (obstacle,))
-    return _Link(layer, base, 1, None, contraction)
+            obstacle = classify(way, earlier.layer.node, earlier.root, search)
+            return Link(layer, earlier.root, earlier.position + 1, earlier, contraction, (obstacle,))
+    return Link(layer, base, 1, None, contraction, lane_terms(layer, base) + (joined(base, search) if contraction else ()))
 
 
-def _obstructed_link(layer: Layer, search: _Search) -> _Link | None:
-    """A sum whose skip is scaled, gated or normalised on its way: c * x + f(x)."""
+def _obstructed_link(layer: Layer, leads: list[Link], search: Search) -> Link | None:
+    """A sum whose skip is scaled, gated, normalised or mixed on its way: c * x + f(x).
+
+    An earlier value of a chain that another operand continues (one of ``leads``) is mixed back in, and is no skip.
+    """
     base = base_of(layer.skip)
     whole = float_tensor(layer.node)
-    way: list[fx.Node] = []
-    for origin in _origins(base, search, way):
+    if base in search.links:
+        return None  # a plain value of the stream, to which something is added that does not come from it
+    for origin in origins(base, search):
         value = float_tensor(origin)
         if value is None or whole is None or not same_size(value.shape, whole.shape):
+            continue
+        if any(lead.layer.node is not origin and (search.on_chain(origin, lead) or (
+                origin not in search.links and of_first([origin], lead.root, search))) for lead in leads):
             continue
         ways = [search.reach(origin, term) for term in layer.terms]
         if any(reached and contracts for reached, contracts in ways):
             parent = search.links.get(origin)
-            obstacle = _classify(_between(base, origin), origin, search)
             root = parent.root if parent is not None else origin
-            return _Link(layer, root, parent.position + 1 if parent else 1, parent, True, (obstacle,))
+            obstacle = classify(between(base, origin), origin, root, search)
+            apart = [term for term, (reached, _) in zip(layer.terms, ways) if not reached]
+            if obstacle.kind == "scale" and origin is not root and of_first(apart, root, search):
+                obstacle = Obstacle("first value", obstacle.node)
+            return hang(layer, origin, (obstacle,), search)
     return None
 
 
-def _origins(base: fx.Node, search: _Search, way: list[fx.Node]) -> list[fx.Node]:
-    """Values that ``base`` is made of by operations without contraction, nearest first, links of chains in front."""
-    pending, seen = [base], {base}
-    while pending and len(seen) < _ON_STREAM_REACH:
-        node = pending.pop(0)
-        if is_contraction(node) or (node in search.links and node is not base):
-            continue
-        for source in node.all_input_nodes:
-            if source not in seen and float_tensor(source) is not None:
-                seen.add(source)
-                way.append(source)
-                pending.append(source)
-    return sorted((n for n in way if n.op != "get_attr"), key=lambda n: (n not in search.links, -search.order[n]))
-
-
-def _back_to_link(base: fx.Node, search: _Search) -> tuple[_Link | None, list[fx.Node]]:
-    """The chain end from which ``base`` is made by norms, scales and the like, and the operations between."""
-    way: list[fx.Node] = []
-    whole = float_tensor(base)
-    for origin in _origins(base, search, way):
-        link, value = search.links.get(origin), float_tensor(origin)
-        if link is not None and value is not None and whole is not None and same_size(value.shape, whole.shape):
-            return link, _between(base, origin)
-    return None, []
-
-
-def _between(end: fx.Node, start: fx.Node) -> list[fx.Node]:
-    """The nodes on ways from ``start`` (excluded) to ``end`` (included) that hold no contraction."""
-    found: list[fx.Node] = []
-    pending, seen = [end], {end, start}
-    while pending and len(seen) < 4 * _ON_STREAM_REACH:
-        node = pending.pop()
-        found.append(node)
-        if is_contraction(node):
-            continue
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                pending.append(source)
-    return found
-
-
-def _classify(way: list[fx.Node], start: fx.Node, search: _Search) -> Obstacle:
-    """What the operations on the stream amount to."""
-    ordered = sorted((n for n in way if search.order[n] > search.order[start]), key=search.order.__getitem__)
-
-    def first(test: Callable[[fx.Node], bool]) -> fx.Node | None:
-        return next((n for n in ordered if test(n)), None)
-
-    if first(lambda n: op_name(n) in {"sigmoid", "hardsigmoid", "Sigmoid", "softmax"}) is not None:
-        gate = first(lambda n: op_name(n) in _MULTIPLIES)
-        if gate is not None:
-            return Obstacle("gate", gate)
-    norm = first(lambda n: op_name(n) in NORMS or op_name(n) in BATCH_NORMS or op_name(n) in {"rsqrt", "std", "var", "sqrt"})
-    if norm is not None:
-        return Obstacle("norm", norm)
-    factor = first(lambda n: op_name(n) in _MULTIPLIES)
-    if factor is not None:
-        computed = [n for n in factor.all_input_nodes if n is not start and search.order[n] > search.order[start]]
-        gates = any(search.reach(start, n)[0] for n in computed if base_of(n) is not start)
-        return Obstacle("gate" if gates else "scale", factor)
-    return Obstacle("operation", ordered[-1] if ordered else start)
-
-
-def _chains(search: _Search) -> list[list[_Link]]:
+def _chains(search: Search) -> list[list[Link]]:
     """All chains: the main one of every tree and those that fork off; ends without contraction trimmed, noise left out."""
     plain_depth: dict[int, tuple[int, int]] = {}
     for link in reversed(list(search.links.values())):
         below = max((plain_depth[id(child)] for child in link.children), default=(0, 0))
         plain_depth[id(link)] = (below[0] + (not link.obstacles), below[1] + 1)
 
-    def prefer(link: _Link) -> tuple[bool, tuple[int, int], int]:
+    def prefer(link: Link) -> tuple[bool, tuple[int, int], int]:
         return not link.enclosed, plain_depth[id(link)], search.order[link.layer.node]
 
     starts = [link for forks in search.starts.values() for link in forks]
@@ -350,7 +245,7 @@ def _chains(search: _Search) -> list[list[_Link]]:
         if chain:
             chains.append(chain)
     chains.sort(key=lambda chain: (len(chain), search.order[chain[-1].layer.node]), reverse=True)
-    kept: list[list[_Link]] = []
+    kept: list[list[Link]] = []
     for chain in chains:
         if len(chain) == 1 and kept and len(kept[0]) > 1:
             continue
@@ -361,7 +256,7 @@ def _chains(search: _Search) -> list[list[_Link]]:
     return sorted(kept, key=lambda chain: search.order[chain[0].layer.node])
 
 
-def _inside_branch(chain: list[_Link], other: list[_Link], search: _Search) -> bool:
+def _inside_branch(chain: list[Link], other: list[Link], search: Search) -> bool:
     """Whether ``chain`` stands within one branch of ``other``: it starts from a value of ``other`` and ends in its next."""
     first, last = search.order[chain[0].layer.node], search.order[chain[-1].layer.node]
     before: fx.Node = base_of(other[0].layer.skip)
@@ -373,7 +268,7 @@ def _inside_branch(chain: list[_Link], other: list[_Link], search: _Search) -> b
     return False
 
 
-def _stream(name: str, chain: list[_Link], search: _Search, reads: dict[fx.Node, fx.Node]) -> Stream:
+def _stream(name: str, chain: list[Link], search: Search, reads: dict[fx.Node, fx.Node]) -> Stream:
     layers = [link.layer for link in chain]
     values = [base_of(layers[0].skip), *(layer.node for layer in layers)]
     # The embedding is what the first addition reads, unless a reader sees it without the pass-throughs before that.
@@ -383,6 +278,9 @@ def _stream(name: str, chain: list[_Link], search: _Search, reads: dict[fx.Node,
         following = layers[position] if position < len(layers) else None
         readers.append(_readers(value, following))
         obstacles += _mutations(value)
+        # The layer adds to a copy of the value: what changes the copy changes the stream.
+        for copy in (*_passed(following.skip, value), *following.injections) if following is not None else ():
+            obstacles += [found for found in _mutations(copy) if found not in obstacles]
     # A block sum may be the very tensor of its first term: a later change in place would reach every mix.
     for layer in layers:
         for term in layer.terms:
@@ -392,6 +290,18 @@ def _stream(name: str, chain: list[_Link], search: _Search, reads: dict[fx.Node,
     # First: what reads the values explains the chain, whatever else stands on it.
     stream.obstacles[:0] = _mixed(stream, reads)
     return stream
+
+
+def _passed(skip: fx.Node, value: fx.Node) -> list[fx.Node]:
+    """The pass-throughs that hand ``value`` on to the skip of the next layer."""
+    found = []
+    while skip is not value:
+        found.append(skip)
+        inner = passed_through(skip)
+        if inner is None:
+            break
+        skip = inner
+    return found
 
 
 def _readers(value: fx.Node, following: Layer | None) -> list[fx.Node]:

@@ -8,6 +8,7 @@ operator or by hand, ends at degree 0. A small constant added inside a norm (its
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +21,7 @@ from attnres_fx.passes.vocabulary import (
     CASTS,
     COPIES,
     DROPOUTS,
+    LIKENESSES,
     NORMS,
     PERMUTES,
     RESHAPES,
@@ -57,7 +59,7 @@ def describe_norms(stream: Stream, order: dict[fx.Node, int]) -> None:
     """
     uses = [raw_uses(stream, position, order) for position in range(stream.num_layers + 1)]
     stream.raw_readers = [(p, culprit) for p, culprits in enumerate(uses) if p > 0 for culprit in culprits]
-    stream.norm_placement = _placement(stream, uses)
+    stream.norm_placement = _placement(stream, uses, order)
 
 
 def raw_uses(stream: Stream, position: int, order: dict[fx.Node, int]) -> list[fx.Node]:
@@ -65,12 +67,19 @@ def raw_uses(stream: Stream, position: int, order: dict[fx.Node, int]) -> list[f
 
     All readers of the position are followed together: a hand-written norm is several of them.
     """
-    ignore: set[fx.Node] = set()
-    if position < stream.num_layers:
-        layer = stream.layers[position]
-        ignore = {layer.node, *layer.inner}
-    degrees: dict[fx.Node, Fraction] = {stream.values[position]: Fraction(1)}
-    waiting = [(order[reader], reader) for reader in stream.readers[position]]
+    return _culprits(stream.values[position], stream.readers[position], _own(stream, position), order)
+
+
+def _own(stream: Stream, position: int) -> set[fx.Node]:
+    """The next addition of the stream, which is no reader of ``position``."""
+    if position == stream.num_layers:
+        return set()
+    return {stream.layers[position].node, *stream.layers[position].inner}
+
+
+def _culprits(value: fx.Node, readers: Iterable[fx.Node], ignore: set[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
+    degrees: dict[fx.Node, Fraction] = {value: Fraction(1)}
+    waiting = [(order[reader], reader) for reader in readers]
     heapq.heapify(waiting)
     culprits: list[fx.Node] = []
     while waiting:
@@ -108,8 +117,7 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, Fraction]) -> Fraction:
         return of(first)
     if name in _SAME:
         return of(first) if len(inputs) == 1 and of(first) != 0 else _fail()
-    if name in {"zeros_like", "ones_like", "empty_like", "sign", "argmax", "size", "full_like", "new_zeros", "new_ones",
-                "new_full", "new_empty"}:
+    if name in LIKENESSES or name in {"sign", "argmax"}:
         return Fraction(0)
     if name in _MUL or name in {"matmul", "bmm", "mm", "__matmul__"}:
         return of(first) + of(second)
@@ -148,17 +156,20 @@ def _fail() -> Fraction:
     raise _NotHomogeneous
 
 
-def _placement(stream: Stream, uses: list[list[fx.Node]]) -> str:
+def _placement(stream: Stream, uses: list[list[fx.Node]], order: dict[fx.Node, int]) -> str:
     """The placement in one word, from the raw uses of every position and from how branches end."""
     kinds = {obstacle.kind for obstacle in stream.obstacles}
+    if "lanes" in kinds:
+        return "hyper"
     if "norm" in kinds:
         return "post"
-    if "gate" in kinds:
+    if kinds & {"gate", "cell"}:
         return "gated"
     branches_normed = [all(_ends_in_norm(term) for term in layer.terms) for layer in stream.layers]
     # Position 0 may be a normalised embedding; it tells about the layers only where there is no other.
-    inputs = uses[1:-1] or uses[:1]
-    raw = [any(culprit.op != "output" for culprit in culprits) for culprits in inputs]
+    inputs = list(enumerate(uses))[1:-1] or [(0, uses[0])]
+    raw = [any(culprit.op != "output" and not _normed_after(culprit, _own(stream, position), order) for culprit in culprits)
+           for position, culprits in inputs]
     if all(raw):
         return "branch" if all(branches_normed) else "none"
     if any(raw) or (any(branches_normed) and not all(branches_normed)):
@@ -168,6 +179,12 @@ def _placement(stream: Stream, uses: list[list[fx.Node]]) -> str:
     if sum(layer.branches > 1 for layer in stream.layers) * 2 > stream.num_layers:
         return "parallel"
     return "pre"
+
+
+def _normed_after(culprit: fx.Node, own: set[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Whether ``culprit`` adds something to the value for its reader, who norms the sum."""
+    return addition_of(culprit) is not None and not any(
+        second.op != "output" for second in _culprits(culprit, culprit.users, own, order))
 
 
 def _ends_in_norm(term: fx.Node) -> bool:

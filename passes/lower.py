@@ -8,6 +8,7 @@ from attnres_fx.passes._compat import graph_break_reason
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import copy_graph_module, place_of
+from attnres_fx.passes.injections import injections_graph
 from attnres_fx.passes.inline import inline_graph
 from attnres_fx.passes.normalize import normalize_graph
 from attnres_fx.passes.plan import StreamPlan, find_sites, owner_path, tracer_path
@@ -44,11 +45,12 @@ def lower_marked(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[StreamPlan]]:
 
 def prepare(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a traced graph on which detection works: bodies inlined, fused operators taken
-    apart, additions normalized. No code is generated."""
+    apart, additions and injections normalized. No code is generated."""
     gm = copy_graph_module(gm)
     inline_graph(gm)
     unfuse_graph(gm.graph)
     normalize_graph(gm.graph)
+    injections_graph(gm.graph)
     return gm
 
 

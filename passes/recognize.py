@@ -24,9 +24,9 @@ from attnres_fx.passes.finish import only_makes_a_value
 from attnres_fx.passes.graph import insert_call, module_path, same_size, source_line, value_of
 from attnres_fx.passes.recognize_closure import Proposal
 from attnres_fx.passes.recognize_confirm import Meaning, meaning_of
-from attnres_fx.passes.recognize_rows import Facts, Row, is_bank, memory_of, row_shape, shape_of
+from attnres_fx.passes.recognize_rows import Facts, Row, is_bank, row_shape, shape_of
 from attnres_fx.passes.recognize_structure import is_anchor, proposals
-from attnres_fx.passes.vocabulary import CASTS, op_name
+from attnres_fx.passes.vocabulary import CASTS, memory_of, op_name
 from attnres_fx.runtime.mix import MIX
 
 aten = torch.ops.aten

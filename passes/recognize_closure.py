@@ -14,7 +14,6 @@ from attnres_fx.passes.recognize_rows import (
     Facts,
     Row,
     is_symbol,
-    memory_of,
     row_shape,
     shape_of,
     static_numel,
@@ -28,6 +27,7 @@ from attnres_fx.passes.vocabulary import (
     argument,
     is_active_dropout,
     is_mutation,
+    memory_of,
     op_name,
     passed_through,
 )

@@ -17,9 +17,9 @@ from attnres_fx.passes.vocabulary import (
     RESHAPES,
     argument,
     is_mutation,
+    memory_of,
     op_name,
     passed_through,
-    viewed,
 )
 
 MAX_SOURCES = 1024
@@ -93,18 +93,6 @@ class Facts:
         """The in-place operations on the memory of ``node`` that stand between two places of the graph."""
         found = self.mutations.get(memory_of(node)) if self.mutations else None
         return [change for change in found or () if after < self.order[change] < before]
-
-
-def memory_of(node: fx.Node) -> fx.Node:
-    """The node whose memory ``node`` may share: through views, and through operations that return what they changed."""
-    while True:
-        source = viewed(node)
-        if source is None and op_name(node) != "setitem" and node.op != "placeholder" and is_mutation(node):
-            first = argument(node, 0, "input", node.kwargs.get("self"))
-            source = first if isinstance(first, fx.Node) else None
-        if source is None or not isinstance(value_of(source), (torch.Tensor, list, tuple)):
-            return node
-        node = source
 
 
 @dataclass(frozen=True)

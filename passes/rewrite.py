@@ -70,6 +70,7 @@ class _Rewriter:
         self.embedding = self.stream.layers[0].skip
         self.blocks = [self.embedding]
         self.partial: fx.Node | None = None
+        self.mixed: fx.Node | None = None
         # Taken before anything moves: the pass-throughs on the stream in front of each addition.
         bases = [self.embedding, *self.stream.values[1:]]
         self.chains = [pass_through_chain(layer.skip, base) for layer, base in zip(self.stream.layers, bases)]
@@ -84,6 +85,7 @@ class _Rewriter:
                 self._add_output(self._term(layer), layer, position)
                 mixed = self._mix(layer.node, position)
             self._redirect(layer.node, mixed, position)
+            self.mixed = mixed
         for layer in reversed(self.stream.layers):
             for node in (layer.node, *layer.inner):
                 if not node.users:
@@ -111,9 +113,9 @@ class _Rewriter:
         return term
 
     def _without_skip(self, node: fx.Node, layer: Layer) -> fx.Node | None:
-        if node is layer.skip:
+        if node is layer.skip or node is self.mixed:  # what others read with injections reads the mix by now
             return None
-        if node is not layer.node and node not in layer.inner:
+        if node is not layer.node and node not in layer.inner and node not in layer.injections:
             return node
         found = addition_of(node)
         if found is None:  # an identity between two sums of one layer

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attnres_fx.passes.graph import float_tensor, place_of
-from attnres_fx.passes.vocabulary import op_name
+from attnres_fx.passes.vocabulary import ADDITIONS, STATE_UPDATES, op_name
 from attnres_fx.runtime.errors import (
     GatedStreamError,
     HandWrittenMixError,
@@ -21,12 +21,17 @@ from attnres_fx.runtime.errors import (
     StreamRefusedError,
 )
 
+# Operations that put other values in the place of a part of a tensor.
+WRITES = frozenset({"setitem", "index_put", "index_put_", "masked_scatter", "masked_scatter_", "scatter", "scatter_",
+                    "slice_scatter", "select_scatter", "index_copy", "index_copy_", "copy_"})
+
 
 @dataclass(frozen=True)
 class Obstacle:
     """An operation on the stream itself that forbids the rewrite.
 
-    ``kind`` is "norm", "scale", "gate", "operation", "mutation", "hidden" or "mix"; ``node`` does it.
+    ``kind`` is "norm", "scale", "first value", "gate", "cell", "lanes", "long skip", "operation", "mutation", "hidden" or
+    "mix"; ``node`` does it.
     """
 
     kind: str
@@ -50,6 +55,34 @@ class Obstacle:
                         f"the stream itself is scaled between two additions ('{name}'), so that it is not the sum of the "
                         "layer outputs",
                         "move the factor to the branch, or use a variant of the model without it")
+            case "first value":
+                return (ScaledStreamError,
+                        f"the stream is scaled and its first value mixed back in between two additions ('{name}'; x0-lambda "
+                        "mixing), so that it is not the sum of the layer outputs",
+                        "use a variant of the model without the mixing; attention residuals let layers read the embedding")
+            case "cell":
+                return (GatedStreamError,
+                        f"a gated recurrent cell ('{name}') takes the place of the residual additions: the stream is its "
+                        "state",
+                        "use a variant of the model with plain residual additions")
+            case "lanes":
+                return (GatedStreamError,
+                        f"hyper-connections: several parallel residual lanes are mixed by a small matrix ('{name}') between "
+                        "two additions",
+                        "use a variant of the model with one residual stream; attention residuals replace the lanes")
+            case "long skip":
+                return (StreamOperationError,
+                        f"a long skip from an earlier layer joins the stream ('{name}'; U-Net)",
+                        "use a variant of the model without it; attention residuals let layers read earlier blocks")
+            case "mutation" | "operation" if name in WRITES:
+                return (MutatedStreamError if self.kind == "mutation" else StreamOperationError,
+                        f"injected features: '{name}' writes over a part of the stream instead of adding to it",
+                        "add the features, h[mask] = h[mask] + features, to a value that no other name refers to")
+            case "operation" if name in ADDITIONS:
+                return (StreamOperationError,
+                        f"injected features: '{name}' adds to the stream what some of its readers do not see, in another "
+                        "layout than that of the next addition",
+                        "add the features in the layout of the layers, or let every reader read the sum")
             case "gate":
                 return (GatedStreamError,
                         f"the stream itself is gated by a computed value between two additions ('{name}')",
@@ -79,7 +112,8 @@ class Layer:
 
     ``node`` is the addition, ``skip`` the raw operand that carries the stream, ``terms`` the raw branch operands (several
     where branches are added together, as in parallel blocks), ``inner`` further additions of the same sum. ``branches``
-    counts the terms that are sublayers of their own: computed from the skip by a contraction.
+    counts the terms that are sublayers of their own: computed from the skip by a contraction. ``injections`` are sums
+    between the last value of the stream and this layer that others read too; what they add is among the terms.
     """
 
     node: fx.Node
@@ -87,6 +121,7 @@ class Layer:
     terms: tuple[fx.Node, ...]
     inner: tuple[fx.Node, ...] = ()
     branches: int = 1
+    injections: tuple[fx.Node, ...] = ()
 
     @property
     def place(self) -> Place:
@@ -95,6 +130,8 @@ class Layer:
     @property
     def form(self) -> str:
         """The form of the addition in words."""
+        if op_name(self.node) in STATE_UPDATES:
+            return f"{op_name(self.node)}(x, f(x))"
         if len(self.terms) == 1:
             return "x + f(x)"
         return "x + " + " + ".join(f"f{index}(x)" for index in range(1, len(self.terms) + 1))
@@ -139,7 +176,11 @@ class Stream:
         if not self.obstacles:
             return None
         first = self.obstacles[0]
+        if first.kind == "scale":  # in the first layer the stream still is its first value
+            first = next((obstacle for obstacle in self.obstacles if obstacle.kind == "first value"), first)
         cls, why, remedy = first.explain()
+        if first.kind == "scale" and any(obstacle.kind == "norm" for obstacle in self.obstacles):
+            why += "; with the norm of the sums, that is DeepNorm or KEEL"
         return cls(f"stream '{self.name}' cannot be rewritten: {why}", place=first.place, remedy=remedy)
 
 

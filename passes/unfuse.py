@@ -22,8 +22,8 @@ from torch import Tensor, fx
 
 from attnres_fx.passes._compat import known_int, plain_torch
 from attnres_fx.passes.finish import finish
-from attnres_fx.passes.graph import float_tensor, insert_call, replace_uses, same_size, value_of
-from attnres_fx.passes.vocabulary import addition_of, changes_of, viewed
+from attnres_fx.passes.graph import float_tensor, insert_call, same_size, value_of
+from attnres_fx.passes.vocabulary import addition_of, changes_of, has_one_name, memory_of
 
 aten = torch.ops.aten
 
@@ -279,67 +279,32 @@ def _can_replace(call: _Call, meaning: _Meaning, order: dict[fx.Node, int]) -> b
         return False
     if any(kind is None for kind in kinds[call.returned:]):
         return False
-    roots = [_root(call.arguments[index]) for index in call.tensors()]
+    roots = [memory_of(call.arguments[index]) for index in call.tensors()]
     return not call.mutated or (len(set(roots)) == len(roots) and all(
-        _has_one_name(call.arguments[index], call.node, order) for index in call.mutated))
-
-
-def _root(node: fx.Node) -> fx.Node:
-    while (source := viewed(node)) is not None:
-        node = source
-    return node
-
-
-def _has_one_name(target: fx.Node, mutation: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether whatever reads ``target``'s memory after ``mutation`` reads it as ``target``, so that it can read a copy."""
-    root, here = _root(target), order[mutation]
-    if root.op in ("placeholder", "get_attr"):
-        return False
-    pending, seen = [root], {root}
-    while pending:
-        name = pending.pop()
-        for user in name.users:
-            later = order.get(user, here) > here
-            if later and name is not target:
-                return False
-            if not later and user is not mutation and viewed(user) is name and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return True
+        has_one_name(call.arguments[index], call.node, order) for index in call.mutated))
 
 
 def _replace(call: _Call, meaning: _Meaning, order: dict[fx.Node, int]) -> None:
     graph, node = call.node.graph, call.node
-    outputs: list[fx.Node | None] = [None] * len(meaning.results)
-    readers: dict[int, list[fx.Node]] = {}
-    if call.returned == 1:
-        readers[0] = [node]
-    elif call.returned > 1:
-        for user in node.users:
-            readers.setdefault(int(user.args[1]), []).append(user)  # type: ignore[arg-type]
-    dtypes = [value_of(readers[i][0]).dtype if i in readers else None for i in range(call.returned)]
+    names: dict[int, list[fx.Node]] = {0: [node]} if call.returned == 1 else {}
+    for user in node.users if call.returned > 1 else ():
+        names.setdefault(int(user.args[1]), []).append(user)  # type: ignore[arg-type]
+    dtypes = [value_of(names[i][0]).dtype if i in names else None for i in range(call.returned)]
     dtypes += [value_of(call.arguments[index]).dtype for index in call.mutated]
+    # Who reads each result. What nobody reads is not made: it would be one more reader of the sum.
+    readers = [[(name, user) for name in names.get(i, ()) for user in name.users] for i in range(call.returned)]
+    readers += [[(target, user) for user in target.users if order.get(user, -1) > order[node]]
+                for target in (call.arguments[index] for index in call.mutated)]
     with graph.inserting_before(node):
         kept = [dtype for dtype, kind in zip(dtypes, meaning.results) if kind == "sum" and dtype is not None]
         total = _sum(call, meaning, kept[0] if kept else None)
-        for index, kind in enumerate(meaning.results):
-            if dtypes[index] is not None and kind is not None:
-                made = total if isinstance(kind, str) else _norm(call, total, kind)
-                outputs[index] = _cast(made, dtypes[index], node)
-    for index, users in readers.items():
-        if (result := outputs[index]) is not None:
-            for user in users:
-                user.replace_all_uses_with(result)
-    here = order[node]
-    for index, result in zip(call.mutated, outputs[call.returned:]):
-        target = call.arguments[index]
-        if result is not None:
-            replace_uses(target, result, [user for user in target.users if order.get(user, -1) > here])
-    for users in readers.values():
-        for user in users:
-            if user is not node:
-                graph.erase_node(user)
-    graph.erase_node(node)
+        for kind, dtype, reading in zip(meaning.results, dtypes, readers):
+            if reading and kind is not None:
+                made = _cast(total if isinstance(kind, str) else _norm(call, total, kind), dtype, node)
+                for name, user in reading:
+                    user.replace_input_with(name, made)
+    for each in [name for listed in names.values() for name in listed if name is not node] + [node]:
+        graph.erase_node(each)
 
 
 def _sum(call: _Call, meaning: _Meaning, dtype: torch.dtype | None) -> fx.Node:

@@ -32,7 +32,8 @@ CONTRACTIONS = frozenset({
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "Linear", "Conv1d", "Conv2d", "Conv3d", "Bilinear", "MultiheadAttention",
     "scaled_dot_product_attention", "multi_head_attention_forward", "_scaled_mm", "flex_attention", "lstm", "gru",
-    "rnn_tanh", "flex_attention_hop", "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "_fft_c2c",
+    "rnn_tanh", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "flex_attention_hop",
+    "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "_fft_c2c",
     "_fft_r2c", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d",
     "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
 })
@@ -42,6 +43,16 @@ NORMS = frozenset({
     "fused_layer_norm", "group_norm", "native_group_norm", "instance_norm", "GroupNorm",
 })
 BATCH_NORMS = frozenset({"batch_norm", "_native_batch_norm_legit", "BatchNorm1d", "BatchNorm2d", "SyncBatchNorm"})
+
+
+# Operators that make the next state of a stream themselves: where they take the state and the branch, by place and name.
+STATE_UPDATES: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
+    **dict.fromkeys(("gru_cell", "GRUCell", "rnn_tanh_cell", "rnn_relu_cell", "RNNCell"), ((1, "hx"), (0, "input"))),
+    "lerp": ((0, "input"), (1, "end")),
+}
+# What is made in the likeness of a tensor, or tells its shape, without reading its values.
+LIKENESSES = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
+                        "new_ones", "new_full", "new_empty", "size", "sym_size", "dim"})
 
 
 def op_name(node: fx.Node) -> str:
@@ -100,6 +111,12 @@ def bodies_of(node: fx.Node) -> list[fx.GraphModule]:
         return []
     found = [getattr(owner, str(source.target), None) for source in node.all_input_nodes if source.op == "get_attr"]
     return [body for body in found if isinstance(body, fx.GraphModule)]
+
+
+def has_one_reader(node: fx.Node) -> bool:
+    """Whether exactly one node reads the values of ``node``, others at most its shape."""
+    readers = (user for user in node.users if len(node.users) == 1 or op_name(user) not in LIKENESSES)
+    return next(readers, None) is not None and next(readers, None) is None
 
 
 def is_active_dropout(node: fx.Node) -> bool:
@@ -240,6 +257,31 @@ def changes_of(value: fx.Node) -> list[fx.Node]:
                 seen.add(user)
                 pending.append(user)
     return found
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` may be a view of; itself if it has its own."""
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
+
+
+def has_one_name(target: fx.Node, mutation: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether whatever reads ``target``'s memory after ``mutation`` reads it as ``target``, so that it can read a copy."""
+    root, here = memory_of(target), order[mutation]
+    if root.op in ("placeholder", "get_attr"):
+        return False
+    pending, seen = [root], {root}
+    while pending:
+        name = pending.pop()
+        for user in name.users:
+            later = order.get(user, here) > here
+            if later and name is not target:
+                return False
+            if not later and user is not mutation and viewed(user) is name and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return True
 
 
 def is_mix(node: fx.Node) -> bool:

@@ -73,11 +73,11 @@ class ScaledStreamError(StreamRefusedError):
 
 
 class GatedStreamError(StreamRefusedError):
-    """The stream itself is gated by a value computed from the input (highway, hyper-connections)."""
+    """The stream itself is gated by a value computed from the input (highway, recurrent cells, hyper-connections)."""
 
 
 class StreamOperationError(StreamRefusedError):
-    """Some other operation that is not a pass-through lies on the stream."""
+    """Some other operation that is not a pass-through lies on the stream, or a long skip joins it."""
 
 
 class MutatedStreamError(StreamRefusedError):

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import fused
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # How an addition is spelled. Each takes the stream and the branch's output.
-SPELLINGS = ("x + f", "f + x", "torch.add", "alpha", "iadd", "add_", "addcmul", "stack", "sub", "f += x")
+SPELLINGS = ("x + f", "f + x", "torch.add", "alpha", "iadd", "add_", "addcmul", "stack", "sub", "f += x", "fused",
+             "fused in place")
 # What a branch does. "plain" reads the stream raw; "mixer" has no contraction.
 BRANCHES = ("pre", "plain", "rms", "hand_rms", "sandwich", "parallel_left", "parallel_right", "parallel_inner", "dropout",
             "layer_scale", "rezero", "constant", "mixer", "nested", "broadcast", "half", "shared", "flat", "permuted",
             "attention", "fan_out", "in_place")
+# How features are added to the stream in front of a layer: whole, by rows, by a mask, in place, or the first value again.
+INJECTIONS = ("sum", "row", "masked", "written", "index_add", "first")
 # What may stand on the stream and forbid a rewrite, with the error class that names it.
 OBSTACLES = {"scale": "ScaledStreamError", "norm": "PostNormError", "gate": "GatedStreamError",
-             "tanh": "StreamOperationError", "mutation": "MutatedStreamError"}
+             "tanh": "StreamOperationError", "mutation": "MutatedStreamError", "lanes": "GatedStreamError",
+             "cell": "GatedStreamError", "overwrite": "MutatedStreamError", "first value": "ScaledStreamError",
+             "long skip": "StreamOperationError"}
 NO_CONTRACTION = {"mixer"}
 
 
@@ -42,6 +48,14 @@ class Spec:
     final_norm: bool = True
     grouped: bool = False
     seed: int = 0
+    injection: str | None = None
+    injection_at: int = 0
+
+    @property
+    def late(self) -> bool:
+        """Whether the value of the stream without the injected features has a reader, or another layout than they."""
+        before = self.layers[self.injection_at - 1].branch
+        return self.read_hidden or before in ("flat", "permuted")
 
     @property
     def obstructed(self) -> bool:
@@ -146,6 +160,12 @@ class Layer(nn.Module):
             case "f += x":
                 f += x
                 return f
+            case "fused":
+                return fused.rms_with_sum(f, self.scale, 1e-6, x)[1]
+            case "fused in place":
+                y, normed = x.clone(), f.clone()
+                fused.in_place(normed, y, self.scale, 1e-6)
+                return y
             case "addcmul":
                 return torch.addcmul(x, f, torch.ones_like(f))
             case "stack":
@@ -179,19 +199,69 @@ class Network(nn.Module):
         self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(torch.randn(5, width))
         shared = nn.Linear(width, width)
         layers = [Layer(layer, width, shared) for layer in spec.layers]
-        half = len(layers) // 2 if spec.grouped and not spec.read_hidden and not spec.obstructed else 0
+        whole = spec.read_hidden or spec.obstructed or spec.injection is not None
+        half = len(layers) // 2 if spec.grouped and not whole else 0
         self.groups = nn.ModuleList([Group(layers[:half])] if half else [])
         self.layers = nn.ModuleList(layers[half:])
         self.all_layers = layers
         self.stream_norm, self.gate = nn.LayerNorm(width), nn.Linear(width, width)
+        self.features, self.cell = nn.Embedding(vocabulary, width), nn.GRUCell(width, width)
+        self.register_buffer("mask", torch.arange(15).view(3, 5) % 4 == 1)
+        self.register_buffer("columns", torch.tensor([0, 3, 3]))
+        self.register_buffer("lanes", torch.tensor([[0.9, 0.2], [-0.1, 1.1]]))
         self.final, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def embed(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
         return x + self.positions[: ids.shape[1]] if self.spec.position_table else x
 
-    def on_stream(self, x: Tensor) -> Tensor:
+    def injected(self, ids: Tensor) -> Tensor:
+        """What the injection adds to the stream, whole."""
+        e = self.features(ids)
+        match self.spec.injection:
+            case "row":
+                return e[:1, :1].expand_as(e)
+            case "masked" | "written":
+                return e * self.mask.unsqueeze(-1)
+            case "index_add":
+                return torch.zeros_like(e).index_add(1, self.columns, e[:, :3])
+            case "first":
+                return self.embed(ids)
+            case _:
+                return e
+
+    def inject(self, x: Tensor, x0: Tensor, ids: Tensor) -> Tensor:
+        e = self.features(ids)
+        match self.spec.injection:
+            case "row":
+                return x + e[:1, :1]
+            case "masked":
+                return torch.where(self.mask.unsqueeze(-1), x + e, x)
+            case "written":
+                x = x.clone()
+                x[self.mask] = x[self.mask] + e.flatten(0, 1)[1::4]
+                return x
+            case "index_add":
+                return x.index_add(1, self.columns, e[:, :3])
+            case "first":
+                return x + x0
+            case _:
+                return x + e
+
+    def on_stream(self, x: Tensor, hidden: list[Tensor]) -> Tensor:
         match self.spec.obstacle:
+            case "lanes":
+                return (self.lanes @ x.unflatten(-1, (2, -1))).flatten(-2)
+            case "cell":
+                return self.cell(self.gate(self.stream_norm(x)).flatten(0, 1), x.flatten(0, 1)).view_as(x)
+            case "overwrite":
+                x = x.clone()
+                x[:, 0] = 0.5
+                return x
+            case "first value":
+                return 0.9 * x + 0.2 * hidden[0]
+            case "long skip":
+                return x + 0.5 * hidden[1]
             case "scale":
                 return 0.9 * x
             case "norm":
@@ -216,10 +286,20 @@ class Network(nn.Module):
             if self.spec.obstructed and index == self.spec.obstacle_at:
                 if self.spec.obstacle == "mutation":
                     x.mul_(1.5)
-                x = self.on_stream(x)
+                x = self.on_stream(x, hidden)
+            if self.spec.injection is not None and index == self.spec.injection_at:
+                x = self.inject(x, hidden[0], ids)
             x = layer(x)
             hidden.append(x)
         return self.finish(x, hidden)
+
+    def output(self, index: int, x: Tensor, ids: Tensor) -> Tensor:
+        """What layer ``index`` adds to the stream at the mix ``x``: its branch, and the features that are injected by it."""
+        spec = self.spec
+        if spec.injection is None or index != spec.injection_at - (not spec.late):
+            return self.branch(index, x)
+        e = self.injected(ids)
+        return self.branch(index, x + e if spec.late else x) + e
 
     def branch(self, index: int, x: Tensor) -> Tensor:
         """The output of layer ``index`` at input ``x``, all parts summed, in the shape of ``x``."""

@@ -145,19 +145,40 @@ def _parallel() -> Built:
     return models.randomize(ParallelGPT(6, width=64, vocabulary=96).eval()), (ids(),), {}
 
 
-def _x_transformers() -> Built:
-    from x_transformers import Decoder, TransformerWrapper
+def _x_transformers(**settings: Any) -> Callable[[], Built]:
+    def build() -> Built:
+        from x_transformers import Decoder, TransformerWrapper
+
+        torch.manual_seed(0)
+        layers = Decoder(dim=64, depth=3, heads=4, attn_dim_head=16, **settings)
+        model = TransformerWrapper(num_tokens=96, max_seq_len=64, attn_layers=layers)
+        return models.randomize(model.eval()), (ids(),), {}
+
+    return build
+
+
+def _deepstack() -> Built:
+    """Features of the vision tower are added to the rows of image tokens after each of the first layers."""
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
     torch.manual_seed(0)
-    layers = Decoder(dim=64, depth=3, heads=4, attn_dim_head=16)
-    model = TransformerWrapper(num_tokens=96, max_seq_len=64, attn_layers=layers)
-    return models.randomize(model.eval()), (ids(),), {}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    model = Qwen3VLTextModel(tiny_config(Qwen3VLTextConfig, {"rope_parameters": rope}))
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[:, 2:5] = True
+    features = [torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+    return models.randomize(model.eval()), (), {"input_ids": ids(), "visual_pos_masks": mask, "use_cache": False,
+                                                "deepstack_visual_embeds": features}
 
 
 _WAVE = {"conv_dim": [32, 32, 32], "conv_stride": [5, 4, 4], "conv_kernel": [10, 8, 8], "num_conv_pos_embeddings": 16,
          "num_conv_pos_embedding_groups": 4, "num_feat_extract_layers": 3}
 _MAMBA2 = {"num_heads": 8, "head_dim": 16, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 8}
 _POST: dict[str, Any] = {"placement": "post", "rewritable": False, "convertible": False, "refusal": "post-norm"}
+
+_LANES: dict[str, Any] = {"placement": "hyper", "family": "lanes and gates", "rewritable": False, "convertible": False,
+                          "refusal": "hyper-connections"}
 
 ZOO: dict[str, ZooCase] = {
     "gpt2": _hf("GPT2LMHeadModel"),
@@ -195,7 +216,14 @@ ZOO: dict[str, ZooCase] = {
     "bart": _hf("BartForConditionalGeneration", (6, 9), kind="encoder-decoder", family="encoder-decoder", **_POST),
     "whisper": _hf("WhisperForConditionalGeneration", (6, 9), kind="spectrum", settings={"decoder_start_token_id": 1},
                    family="encoder-decoder"),
-    "x_transformers": ZooCase(_x_transformers, (6,), family="other libraries"),
+    "qwen3_vl_text": ZooCase(_deepstack, (6,), family="injected features"),
+    "x_transformers_reinject": ZooCase(_x_transformers(reinject_input=True), (6,), family="injected features",
+                                       rewritable=False),
+    "deepseek_v4": _hf("DeepseekV4ForCausalLM", **_LANES),
+    "x_transformers_lanes": ZooCase(_x_transformers(num_residual_streams=2), (6,), **_LANES),
+    "x_transformers_gru": ZooCase(_x_transformers(gate_residual=True), (6,), placement="gated", family="lanes and gates",
+                                  rewritable=False, convertible=False, refusal="a gated recurrent cell"),
+    "x_transformers": ZooCase(_x_transformers(), (6,), family="other libraries"),
     "torch_encoder_pre": ZooCase(_torch_encoder(True), (6,), family="other libraries"),
     "torch_encoder_post": ZooCase(_torch_encoder(False), (6,), family="other libraries", **_POST),
     "nanogpt": ZooCase(_nanogpt, (6,), family="hand-written"),

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fused
 import models
 import pytest
 import reference
@@ -335,9 +336,27 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], expected: type[Excep
 def test_a_model_without_a_stream() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     before = Snapshot(model)
-    with pytest.raises(errors.NoStreamError):
+    with pytest.raises(errors.NoStreamError, match="no addition of two tensors of one shape was seen"):
         attnres_fx.convert(model, torch.randn(2, 8))
     with pytest.raises(errors.NotConvertedError):
         attnres_fx.verify(model, torch.randn(2, 8))
     before.assert_unchanged()
-    assert str(attnres_fx.analyze(model, torch.randn(2, 8))) == "no residual stream found"
+    assert str(attnres_fx.analyze(model, torch.randn(2, 8))) == (
+        "no residual stream found: no addition of two tensors of one shape was seen")
+
+
+def test_a_model_without_a_stream_says_what_it_has() -> None:
+    """Sums that are no residual additions are counted and placed; opaque operators are named."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            return fused.not_on_cpu(self.a(x) + self.b(x), self.a(x), self.a.bias, 1e-6)
+
+    report = attnres_fx.analyze(Sums(), torch.randn(2, 3, 8))
+    assert not report.streams
+    assert report.seen.startswith("1 additions of tensors of one shape were seen")
+    assert "test_refusals.py" in report.seen and report.seen.endswith("cannot be looked into were seen: elsewhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import reference
 import torch
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
-from networks import BRANCHES, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec
+from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec
 from torch import Tensor, fx
 
 import attnres_fx
@@ -34,14 +35,20 @@ SPECS = st.builds(
     final_norm=st.booleans(),
     grouped=st.booleans(),
     seed=st.integers(0, 10_000),
+    injection=st.one_of(st.none(), st.sampled_from(INJECTIONS)),
+    injection_at=st.integers(1, 5),
 )
 
 
 def normal_spec(spec: Spec) -> Spec:
-    """The obstacle stands between two layers, or there is none."""
-    if spec.obstacle is None or len(spec.layers) < 2:
-        return Spec(**{**vars(spec), "obstacle": None})
-    return Spec(**{**vars(spec), "obstacle_at": 1 + spec.obstacle_at % (len(spec.layers) - 1)})
+    """Obstacle or injection, not both, stand between two layers; what comes from further back skips a layer at least."""
+    least = 3 if spec.obstacle == "long skip" else 1
+    if spec.obstacle is not None and len(spec.layers) > least:
+        return replace(spec, injection=None, obstacle_at=least + spec.obstacle_at % (len(spec.layers) - least))
+    least = 2 if spec.injection == "first" else 1
+    if spec.injection is not None and len(spec.layers) > least:
+        return replace(spec, obstacle=None, injection_at=least + spec.injection_at % (len(spec.layers) - least))
+    return replace(spec, obstacle=None, injection=None)
 
 
 def queries(num_layers: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +75,7 @@ def rewritten(gm: fx.GraphModule, stream: Stream, boundaries: tuple[int, ...], m
 def by_definition(
     network: Network, ids: Tensor, query: Tensor, gain: Tensor, boundaries: Any, mix_scale: str
 ) -> list[Tensor]:
-    layers = [lambda x, i=i: network.branch(i, x) for i in range(len(network.spec.layers))]
+    layers = [lambda x, i=i: network.output(i, x, ids) for i in range(len(network.spec.layers))]
     mixes = reference.attention_residuals(network.embed(ids), layers, query, gain, boundaries, mix_scale=mix_scale)
     return network.finish(mixes[-1], mixes)
 
@@ -83,6 +90,8 @@ def check(spec: Spec) -> str:
     if spec.obstacle is not None:
         return check_refusal(spec, streams)
     kinds = [layer.branch for layer in spec.layers]
+    if spec.injection is not None and spec.late and kinds[spec.injection_at] in ("flat", "permuted"):
+        return check_layouts(kinds, streams)
     if all(kind in NO_CONTRACTION for kind in kinds):
         assert not streams
         return "refused"
@@ -95,6 +104,7 @@ def check(spec: Spec) -> str:
     stream = streams[0]
     assert stream.refusal() is None, stream.refusal()
     invariant = spec.final_norm and not spec.read_hidden and "plain" not in kinds[1:]
+    invariant = invariant and not (spec.injection is not None and spec.late)
     assert stream.function_preserving == invariant, (spec, stream.raw_readers)
     for num_blocks, mix_scale in ((2, "paper"), (len(kinds), "sum")):
         boundaries = partition(len(kinds), num_blocks=num_blocks)
@@ -112,6 +122,14 @@ def check(spec: Spec) -> str:
     return "converted"
 
 
+def check_layouts(kinds: list[str], streams: list[Stream]) -> str:
+    """Features that only some readers see, added in another layout than the next layer's: refused, and named."""
+    assert not any(stream.refusal() is None and stream.num_layers == len(kinds) for stream in streams)
+    if not set(kinds) & NO_CONTRACTION:
+        assert "injected features" in str(streams[0].refusal())
+    return "refused"
+
+
 def check_refusal(spec: Spec, streams: list[Stream]) -> str:
     """A stream with something on it is never one convertible stream of all layers."""
     assert not any(stream.refusal() is None and stream.num_layers == len(spec.layers) for stream in streams), spec
@@ -120,6 +138,8 @@ def check_refusal(spec: Spec, streams: list[Stream]) -> str:
         refusals = [type(stream.refusal()).__name__ for stream in streams if stream.refusal() is not None]
         whole = [s for s in streams if s.num_layers >= 2]
         assert not whole or refusals or all(s.num_layers < len(spec.layers) for s in whole), spec
+    if all(layer.branch not in NO_CONTRACTION for layer in spec.layers):
+        assert OBSTACLES[str(spec.obstacle)] in {type(s.refusal()).__name__ for s in streams}, spec
     return "refused"
 
 
@@ -130,6 +150,21 @@ EXAMPLES = [
     Spec((LayerSpec("permuted", "x + f"), LayerSpec("flat", "x + f"), LayerSpec("broadcast", "x + f"))),
     Spec((LayerSpec("in_place", "x + f"), LayerSpec("pre", "x + f"), LayerSpec("in_place", "f += x"))),
     Spec((LayerSpec("pre", "f += x"), LayerSpec("mixer", "alpha"), LayerSpec("attention", "stack"))),
+    # A fused norm that nobody reads was a reader of the sum, and the features after it no term of its layer.
+    Spec((LayerSpec("rms", "fused in place"), LayerSpec("rms", "x + f")), injection="written", injection_at=1),
+    # The zeros that features are written into are made in the likeness of the stream, and do not descend from it.
+    Spec((LayerSpec("pre", "x + f"), LayerSpec("rezero", "fused"), LayerSpec("pre", "x + f")), injection="written",
+         injection_at=2, read_hidden=True),
+    # The mix that other readers see with the features was taken for one of the terms.
+    Spec((LayerSpec("pre", "x + f"), LayerSpec("permuted", "x + f"), LayerSpec("mixer", "sub")), injection="masked",
+         injection_at=2),
+    Spec((LayerSpec("pre", "x + f"), LayerSpec("pre", "sub"), LayerSpec("permuted", "x + f")), injection="masked",
+         injection_at=2, read_hidden=True),
+    # Lanes that are a reshape of the stream, mixed before a layer in another layout.
+    Spec((LayerSpec("rms", "x + f"), LayerSpec("attention", "sub"), LayerSpec("permuted", "x + f")), obstacle="lanes",
+         obstacle_at=2),
+    Spec((LayerSpec("pre", "x + f"), LayerSpec("pre", "x + f"), LayerSpec("flat", "x + f")), obstacle="overwrite",
+         obstacle_at=1),
 ]
 
 
@@ -141,6 +176,12 @@ EXAMPLES = [
 @example(EXAMPLES[3])
 @example(EXAMPLES[4])
 @example(EXAMPLES[5])
+@example(EXAMPLES[6])
+@example(EXAMPLES[7])
+@example(EXAMPLES[8])
+@example(EXAMPLES[9])
+@example(EXAMPLES[10])
+@example(EXAMPLES[11])
 def test_random_networks(spec: Spec) -> None:
     check(spec)
 
@@ -165,6 +206,8 @@ def test_random_networks_through_convert(spec: Spec) -> None:
     spec = normal_spec(spec)
     kinds = [layer.branch for layer in spec.layers]
     if spec.obstacle is not None or kinds[0] in NO_CONTRACTION or kinds[-1] in NO_CONTRACTION:
+        return
+    if spec.injection is not None and spec.late and kinds[spec.injection_at] in ("flat", "permuted"):
         return
     torch._dynamo.reset()
     network = Network(spec).double()

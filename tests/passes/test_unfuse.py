@@ -106,6 +106,23 @@ def test_an_operator_without_a_cpu_kernel_is_left_alone() -> None:
     assert opaque(gm) and unfuse_graph(gm.graph) == 0 and str(gm.graph) == before
 
 
+@pytest.mark.parametrize("name", ["rms", "in place on a copy"])
+def test_a_result_that_nobody_reads_is_not_made(name: str) -> None:
+    """A norm without a reader would be one more reader of the sum."""
+
+    class OnlySum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.weights = nn.Linear(8, 8), [torch.ones(8)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return {**FUSED, **IN_PLACE}[name](self, self.f(x), x, 0)[1]
+
+    gm, _ = trace(OnlySum(), torch.randn(2, 3, 8))
+    assert unfuse_graph(gm.graph) == 1
+    assert not [node for node in gm.graph.nodes if "norm" in str(node.target)]
+
+
 def test_a_stream_that_an_opaque_operator_changes_is_refused() -> None:
     """What an operator writes is in its schema, whichever argument it is."""
 
