@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnres_fx.passes._compat import unwrap
 from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
@@ -44,13 +45,6 @@ def report_of(gm: fx.GraphModule, model: nn.Module | None = None) -> Report:
 
 def _mix_entry(node: fx.Node) -> MixEntry:
     return MixEntry(module_path(node), source_line(node), len(argument(node, 0, "sources")))
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside a ``torch.compile`` wrapper."""
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def as_args(args: Any) -> tuple[Any, ...]:

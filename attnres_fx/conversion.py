@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from attnres_fx.analysis import as_args, name_streams, owner_of, unwrap
+from attnres_fx.analysis import as_args, name_streams, owner_of
+from attnres_fx.passes._compat import unwrap
 from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect

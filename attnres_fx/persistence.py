@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import attnres_fx
-from attnres_fx.analysis import unwrap
 from attnres_fx.conversion import attach, plans_of
 from attnres_fx.files import (
     CONFIG_FILE,
@@ -32,6 +31,7 @@ from attnres_fx.files import (
     whole_directory,
     write_tensors,
 )
+from attnres_fx.passes._compat import unwrap
 from attnres_fx.passes.plan import FORMAT, StreamPlan
 from attnres_fx.runner import is_converted_class, original_class
 from attnres_fx.runtime.errors import AlreadyConvertedError, CheckpointFileError, OptionError

@@ -87,6 +87,13 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], dyn
     return compiled
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a ``torch.compile`` wrapper."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
 def inner_error(error: BaseException) -> BaseException:
     """The exception that a backend raised, out of the wrapper that Dynamo puts around it."""
     from torch._dynamo.exc import BackendCompilerFailed

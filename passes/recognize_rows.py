@@ -20,6 +20,7 @@ from attnres_fx.passes.vocabulary import (
     memory_of,
     op_name,
     passed_through,
+    permutation_of,
 )
 
 MAX_SOURCES = 1024
@@ -270,7 +271,7 @@ class Gathers:
         if name in RESHAPES - {"unsqueeze"}:
             return self._split(node, rank)
         if name in PERMUTES:
-            return self._permuted(node, rank)
+            return self._permuted(node)
         indexed = _indexing(node)
         if indexed is None or indexed.kind == "select":
             return None
@@ -311,23 +312,13 @@ class Gathers:
                 return None
         return _Gather(axis, tuple(_bare(Row(part)) for part in parts))
 
-    def _permuted(self, node: fx.Node, rank: int) -> _Gather | None:
+    def _permuted(self, node: fx.Node) -> _Gather | None:
         """A permutation that only moves the gathered axis."""
         inner = passed_through(node)
         found = self.known.get(inner) if inner is not None else None
         if inner is None or found is None:
             return None
-        probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
-        try:
-            arguments: list[Any] = [probe if arg is inner else arg for arg in node.args]
-            keywords: dict[str, Any] = {name: probe if arg is inner else arg for name, arg in node.kwargs.items()}
-            if isinstance(node.target, str):
-                moved = getattr(probe, node.target)(*arguments[1:], **keywords)
-            else:
-                moved = node.target(*arguments, **keywords)
-        except Exception:
-            return None
-        order = [size - 2 for size in moved.shape]
+        order = permutation_of(node)
         others = [place for place in order if place != found.axis]
         return _Gather(order.index(found.axis), found.rows) if others == sorted(others) else None
 

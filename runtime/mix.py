@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import reference
 from . import triton as triton_kernels
+from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
 from .cpu import native
 
 _LIBRARY = torch.library.Library("attnres", "FRAGMENT")
@@ -157,8 +157,7 @@ class _Mix(torch.autograd.Function):
         query, key_gain, *sources = ctx.saved_tensors
         _, _, needs_query, needs_gain, *needs_sources = ctx.needs_input_grad
         # A tangent that arrives with grad would be lost in the operator.
-        composite = forward_ad._current_level >= 0
-        operator = _mix_backward_composite if composite else _BACKWARD_OF[ctx.operator]
+        operator = _mix_backward_composite if in_forward_mode() else _BACKWARD_OF[ctx.operator]
         grads = operator(grad, sources, query, key_gain, *ctx.options)
         count = len(sources)
         query_grad = grads[count] if needs_query else None
@@ -174,8 +173,8 @@ def _mix_autograd(
     Not by ``torch.library.register_autograd``: the function it generates raises under torch.func.grad and drops the
     tangents of forward mode without a word. Both are served by the differentiable composite.
     """
-    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(sources, query, key_gain)
-    if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
+    needs_grad = torch.is_grad_enabled() and any_requires_grad(sources, query, key_gain)
+    if in_forward_mode() or (needs_grad and in_functorch_transform()):
         return _mix_composite(sources, query, key_gain, *options)
     if needs_grad:
         result: Tensor = _Mix.apply(operator, _with_defaults(*options), query, key_gain, *sources)
@@ -186,7 +185,7 @@ def _mix_autograd(
 def _below_autograd(
     operator: Any, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         result: Tensor = operator(sources, query, key_gain, *options)
     return result
 
@@ -198,7 +197,7 @@ class _MixBackward(torch.autograd.Function):
     def forward(ctx: Any, operator: Any, options: tuple[Any, ...], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         grad, query, key_gain, *sources = tensors
         assert len(sources) == count
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return tuple(operator(grad, sources, query, key_gain, *options))
 
     @staticmethod
@@ -215,7 +214,7 @@ def _mix_backward_autograd(
     tensors = (grad, query, key_gain, *sources)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return list(_MixBackward.apply(operator, options, len(sources), *tensors))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         grads: list[Tensor] = operator(grad, sources, query, key_gain, *options)
     return grads
 

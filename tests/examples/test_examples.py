@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import handwritten
 import pytest
 import torch
 from scripts import ROOT, load_script
@@ -77,15 +78,21 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFix
             num_key_value_heads=2, use_cache=False, bos_token_id=None, eos_token_id=None))
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 3
-    names = {"model": llama(), "plain_model": llama(), "ids": torch.randint(32, (2, 8)), "directory": tmp_path / "out"}
+    by_hand = handwritten.Network(handwritten.READS[0])
+    names = {"model": llama(), "plain_model": llama(), "attnres_model_written_by_hand": by_hand,
+             "ids": torch.randint(32, (2, 8)), "directory": tmp_path / "out"}
     for block in blocks:
         exec(block, names)
+        if "plain_model" in block:
+            names["fast"](names["ids"])
+        if "attnres_model_written_by_hand" in block:
+            tokens = torch.randint(13, (2, 5))
+            torch.testing.assert_close(names["fast"](tokens), by_hand(tokens))
     assert math.isfinite(names["loss"].item()) and names["model"].attnres.stream.query.shape == (5, 16)
-    names["fast"](names["ids"])
     assert names["plain_model"].attnres.stream.query.shape == (5, 16)
     assert torch.equal(names["again"](names["ids"]).logits, names["model"](names["ids"]).logits)
-    assert "passed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "passed" in printed and "reference" in printed
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:

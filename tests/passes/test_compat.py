@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -190,8 +191,9 @@ def test_tracing_can_be_restarted_by_a_backend() -> None:
 def test_tracing_many_models_meets_no_compile_limit() -> None:
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
-        for _ in range(4):
-            capture(Small(), (torch.ones(2, 4),), {})
+        graphs = [capture(Small(), (torch.ones(2, 4),), {})[0] for _ in range(4)]
+    additions = [[node for node in gm.graph.nodes if node.target is operator.add] for gm in graphs]
+    assert [len(found) for found in additions] == [1] * 4
 
 
 def test_plain_torch_leaves_every_mode_behind() -> None:

@@ -1,0 +1,42 @@
+"""One test for each private interface of torch that ``runtime/_compat.py`` touches."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from attnres_fx.runtime import _compat
+
+
+def test_any_requires_grad_looks_inside_the_list() -> None:
+    plain, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert not _compat.any_requires_grad([plain], plain, None)
+    assert _compat.any_requires_grad([plain, leaf], plain, None)
+    assert _compat.any_requires_grad([plain], plain, leaf)
+
+
+def test_forward_mode_is_seen() -> None:
+    assert not _compat.in_forward_mode()
+    with forward_ad.dual_level():
+        assert _compat.in_forward_mode()
+    assert not _compat.in_forward_mode()
+
+
+def test_transforms_are_seen() -> None:
+    seen: list[bool] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_compat.in_functorch_transform())
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    function(torch.ones(2))
+    assert seen == [True, False]
+
+
+def test_below_autograd_records_nothing() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    with _compat.below_autograd():
+        made = leaf * 2
+    assert not made.requires_grad
+    assert (leaf * 2).requires_grad
