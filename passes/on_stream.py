@@ -230,6 +230,11 @@ def classify(way: Sequence[fx.Node], start: fx.Node, root: fx.Node, search: Sear
     norm = first(lambda n: op_name(n) in NORMS or op_name(n) in BATCH_NORMS or op_name(n) in {"rsqrt", "std", "var", "sqrt"})
     if norm is not None:
         return Obstacle("norm", norm)
+    link = search.links.get(start)
+    skip = link and first(lambda n: addition_of(n) is not None and any(
+        base_of(part) is not start and search.earlier_value(part, link) is not None for part in n.all_input_nodes))
+    if skip is not None:
+        return Obstacle("long skip", skip)
     factor = first(lambda n: op_name(n) in _MULTIPLIES)
     if factor is not None:
         computed = [n for n in factor.all_input_nodes if n is not start and search.order[n] > search.order[start]]

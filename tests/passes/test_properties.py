@@ -165,6 +165,9 @@ EXAMPLES = [
          obstacle_at=2),
     Spec((LayerSpec("pre", "x + f"), LayerSpec("pre", "x + f"), LayerSpec("flat", "x + f")), obstacle="overwrite",
          obstacle_at=1),
+    # A long skip before a layer in another layout was named after the factor of what it brings.
+    Spec((LayerSpec("pre", "x + f"),) * 3 + (LayerSpec("flat", "x + f"),), obstacle="long skip", obstacle_at=1,
+         read_hidden=True),
 ]
 
 
@@ -182,6 +185,7 @@ EXAMPLES = [
 @example(EXAMPLES[9])
 @example(EXAMPLES[10])
 @example(EXAMPLES[11])
+@example(EXAMPLES[12])
 def test_random_networks(spec: Spec) -> None:
     check(spec)
 
