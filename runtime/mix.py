@@ -20,17 +20,17 @@ from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
 from .cpu import native
 
-_LIBRARY = torch.library.Library("attnres", "FRAGMENT")
+LIBRARY = torch.library.Library("attnres", "FRAGMENT")
 _ARGUMENTS = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}, "
 _ARGUMENTS += "float output_factor{}"
 # "mix" is served by the fastest kernel there is; "mix_reference" and "mix_triton" always by those they are named after.
 # "mix_autograd" is "mix", entered where autograd has something to record.
 for _name in ("", "_reference", "_triton", "_autograd"):
-    _LIBRARY.define(
+    LIBRARY.define(
         f"mix{_name}({_ARGUMENTS.format('=1e-6', '=1.0', '=False', '=1.0')}) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-    _LIBRARY.define(
+    LIBRARY.define(
         f"mix_backward{_name}(Tensor grad, {_ARGUMENTS.format('', '', '', '')}) -> Tensor[]",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
@@ -44,7 +44,7 @@ MIX_BACKWARD_TRITON = torch.ops.attnres.mix_backward_triton.default
 _BACKWARD_OF = {MIX: MIX_BACKWARD, MIX_REFERENCE: MIX_BACKWARD_REFERENCE, MIX_TRITON: MIX_BACKWARD_TRITON}
 
 
-def _round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Copying into a tensor of our own fixes the strides to those the fake kernels announce and rules out aliases."""
     return torch.empty(shape, dtype=dtype, device=wide.device).copy_(wide)
 
@@ -61,7 +61,7 @@ def _mix_reference_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor
     options = _with_defaults(*options)
     reference.check_arguments(sources, query, key_gain, options[0])
     wide = reference.mix_forward(sources, query, key_gain, *options)
-    return _round_into_new(wide, reference.output_shape(sources, query), reference.result_dtype(sources))
+    return round_into_new(wide, reference.output_shape(sources, query), reference.result_dtype(sources))
 
 
 def _mix_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
@@ -91,7 +91,7 @@ def _mix_backward_reference_kernel(
 ) -> list[Tensor]:
     targets = _check_backward(grad, sources, query, key_gain, *options)
     grads = reference.mix_backward(grad, sources, query, key_gain, *options)
-    return [_round_into_new(wide, target.shape, target.dtype) for wide, target in zip(grads, targets, strict=True)]
+    return [round_into_new(wide, target.shape, target.dtype) for wide, target in zip(grads, targets, strict=True)]
 
 
 def _mix_backward_fake(
@@ -219,29 +219,29 @@ def _mix_backward_autograd(
     return grads
 
 
-_LIBRARY.impl("mix", _mix_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("mix_backward", _mix_backward_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("mix_reference", _mix_reference_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("mix_backward_reference", _mix_backward_reference_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("mix_triton", _mix_triton_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("mix_backward_triton", triton_kernels.mix_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("mix", _mix_gpu, "CUDA")
-_LIBRARY.impl("mix_backward", _mix_backward_gpu, "CUDA")
-_LIBRARY.impl("mix", partial(_mix_autograd, MIX), "Autograd")
-_LIBRARY.impl("mix_backward", partial(_mix_backward_autograd, MIX_BACKWARD), "Autograd")
-_LIBRARY.impl("mix_reference", partial(_mix_autograd, MIX_REFERENCE), "Autograd")
-_LIBRARY.impl("mix_backward_reference", partial(_mix_backward_autograd, MIX_BACKWARD_REFERENCE), "Autograd")
-_LIBRARY.impl("mix_triton", partial(_mix_autograd, MIX_TRITON), "Autograd")
-_LIBRARY.impl("mix_backward_triton", partial(_mix_backward_autograd, MIX_BACKWARD_TRITON), "Autograd")
+LIBRARY.impl("mix", _mix_kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("mix_backward", _mix_backward_kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("mix_reference", _mix_reference_kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("mix_backward_reference", _mix_backward_reference_kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("mix_triton", _mix_triton_kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("mix_backward_triton", triton_kernels.mix_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("mix", _mix_gpu, "CUDA")
+LIBRARY.impl("mix_backward", _mix_backward_gpu, "CUDA")
+LIBRARY.impl("mix", partial(_mix_autograd, MIX), "Autograd")
+LIBRARY.impl("mix_backward", partial(_mix_backward_autograd, MIX_BACKWARD), "Autograd")
+LIBRARY.impl("mix_reference", partial(_mix_autograd, MIX_REFERENCE), "Autograd")
+LIBRARY.impl("mix_backward_reference", partial(_mix_backward_autograd, MIX_BACKWARD_REFERENCE), "Autograd")
+LIBRARY.impl("mix_triton", partial(_mix_autograd, MIX_TRITON), "Autograd")
+LIBRARY.impl("mix_backward_triton", partial(_mix_backward_autograd, MIX_BACKWARD_TRITON), "Autograd")
 # Where a native library answers under the autograd key, it hands on to these what autograd has to record.
-_LIBRARY.impl("mix_autograd", partial(_mix_autograd, MIX), "CompositeImplicitAutograd")
-_LIBRARY.impl("mix_backward_autograd", partial(_mix_backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
+LIBRARY.impl("mix_autograd", partial(_mix_autograd, MIX), "CompositeImplicitAutograd")
+LIBRARY.impl("mix_backward_autograd", partial(_mix_backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
 for _name in ("", "_reference", "_triton"):
     for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
-        _LIBRARY.impl(f"mix{_name}", _mix_composite, _key)
-        _LIBRARY.impl(f"mix_backward{_name}", _mix_backward_composite, _key)
-    torch.library.register_fake(f"attnres::mix{_name}", _mix_fake, lib=_LIBRARY)
-    torch.library.register_fake(f"attnres::mix_backward{_name}", _mix_backward_fake, lib=_LIBRARY)
+        LIBRARY.impl(f"mix{_name}", _mix_composite, _key)
+        LIBRARY.impl(f"mix_backward{_name}", _mix_backward_composite, _key)
+    torch.library.register_fake(f"attnres::mix{_name}", _mix_fake, lib=LIBRARY)
+    torch.library.register_fake(f"attnres::mix_backward{_name}", _mix_backward_fake, lib=LIBRARY)
 
 
 def mix(

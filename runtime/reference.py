@@ -17,6 +17,7 @@ Notation, for a source v_i [..., d], a query w [d] and a key gain g [d] (ones if
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -179,51 +180,141 @@ def mix_backward(
 
     inverse_rms, scores = _scores(sources, query, key_gain, eps, dtype)
     weights = torch.softmax(scores * logit_scale, dim=1)
-    wide_query = _rows(query.to(dtype))
-    wide_gain = None if key_gain is None else _rows(key_gain.to(dtype))
-    keyed = wide_query if wide_gain is None else wide_query * wide_gain
-    value_grads = row_grads
-    if normalize_values and wide_gain is not None:
-        value_grads = row_grads * _per_query(wide_gain, row_grads)
-
-    pulls = torch.stack([(value_grads * source.to(dtype)).sum(-1) for source in sources], dim=1)
-    value_coefficients = weights
-    if normalize_values:
-        pulls = pulls * inverse_rms
-        value_coefficients = weights * inverse_rms
+    read = Read(inverse_rms, scores, weights, normalize_values)
+    pulls = read.pulls(sources, row_grads, key_gain)
     score_grads = logit_scale * weights * (pulls - (weights * pulls).sum(1, keepdim=True))
-    key_coefficients = score_grads * inverse_rms
-    shrink = score_grads * scores
-    if normalize_values:
-        shrink = shrink + weights * pulls
-    shrink = shrink.sum(0) * inverse_rms.square() / width
+    return read.gradients(row_grads, sources, query, key_gain, pulls, score_grads)
 
-    source_grads: list[Tensor] = []
-    # Per query: the gradient of the folded query, and what the values contribute to that of the gain.
-    keyed_grads: list[Tensor] = [torch.zeros((), dtype=dtype, device=grad.device)] * len(keyed)
-    value_gain_grads = keyed_grads.copy()
-    for position, source in enumerate(sources):
-        wide = source.to(dtype)
-        source_grad = -shrink[position].unsqueeze(-1) * wide
-        for m, row in enumerate(keyed.unbind(0)):
-            key_coefficient = key_coefficients[m, position].unsqueeze(-1)
-            value_coefficient = value_coefficients[m, position].unsqueeze(-1)
-            source_grad = torch.addcmul(source_grad, value_coefficient, value_grads[m])
-            source_grad = torch.addcmul(source_grad, key_coefficient, row)
-            keyed_grads[m] = keyed_grads[m] + _sum_positions(key_coefficient * wide)
-            if normalize_values and wide_gain is not None:
-                value_gain_grads[m] = value_gain_grads[m] + _sum_positions(value_coefficient * wide * row_grads[m])
-        source_grads.append(source_grad)
 
-    keyed_grad = torch.stack(keyed_grads)
-    if key_gain is None or wide_gain is None:
-        return [*source_grads, keyed_grad.reshape(query.shape)]
-    gain_grad = keyed_grad * wide_query
-    if normalize_values:
-        gain_grad = gain_grad + torch.stack(value_gain_grads)
-    if key_gain.ndim < query.ndim:
-        gain_grad = gain_grad.sum(0)
-    return [*source_grads, (keyed_grad * wide_gain).reshape(query.shape), gain_grad.reshape(key_gain.shape)]
+@dataclass(frozen=True)
+class Read:
+    """The scalars of one read of n sources by M queries: r [n, ...], s and the weights of the values a [M, n, ...]."""
+
+    inverse_rms: Tensor
+    scores: Tensor
+    weights: Tensor
+    normalize_values: bool
+
+    def pulls(self, sources: Sequence[Tensor], row_grads: Tensor, key_gain: Tensor | None) -> Tensor:
+        """u_i = dL/da_i [M, n, ...], for gradients [M, ..., d] of the sum of the values (the gain included)."""
+        dtype = self.scores.dtype
+        value_grads = self._value_grads(row_grads, key_gain)
+        pulls = torch.stack([(value_grads * source.to(dtype)).sum(-1) for source in sources], dim=1)
+        return pulls * self.inverse_rms if self.normalize_values else pulls
+
+    def _value_grads(self, row_grads: Tensor, key_gain: Tensor | None) -> Tensor:
+        if not self.normalize_values or key_gain is None:
+            return row_grads
+        return row_grads * _per_query(_rows(key_gain.to(row_grads.dtype)), row_grads)
+
+    def gradients(self, row_grads: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None,
+                  pulls: Tensor, score_grads: Tensor) -> list[Tensor]:
+        """The gradients of the sources, the query and the gain, for given dL/ds_i [M, n, ...]."""
+        dtype = self.scores.dtype
+        wide_query = _rows(query.to(dtype))
+        wide_gain = None if key_gain is None else _rows(key_gain.to(dtype))
+        keyed = wide_query if wide_gain is None else wide_query * wide_gain
+        value_grads = self._value_grads(row_grads, key_gain)
+        key_coefficients = score_grads * self.inverse_rms
+        value_coefficients = self.weights
+        shrink = score_grads * self.scores
+        if self.normalize_values:
+            value_coefficients = self.weights * self.inverse_rms
+            shrink = shrink + self.weights * pulls
+        shrink = shrink.sum(0) * self.inverse_rms.square() / sources[0].shape[-1]
+
+        source_grads: list[Tensor] = []
+        # Per query: the gradient of the folded query, and what the values contribute to that of the gain.
+        keyed_grads: list[Tensor] = [torch.zeros((), dtype=dtype, device=query.device)] * len(keyed)
+        value_gain_grads = keyed_grads.copy()
+        for position, source in enumerate(sources):
+            wide = source.to(dtype)
+            source_grad = -shrink[position].unsqueeze(-1) * wide
+            for m, row in enumerate(keyed.unbind(0)):
+                key_coefficient = key_coefficients[m, position].unsqueeze(-1)
+                value_coefficient = value_coefficients[m, position].unsqueeze(-1)
+                source_grad = torch.addcmul(source_grad, value_coefficient, value_grads[m])
+                source_grad = torch.addcmul(source_grad, key_coefficient, row)
+                keyed_grads[m] = keyed_grads[m] + _sum_positions(key_coefficient * wide)
+                if self.normalize_values and wide_gain is not None:
+                    value_gain_grads[m] = value_gain_grads[m] + _sum_positions(value_coefficient * wide * row_grads[m])
+            source_grads.append(source_grad)
+
+        keyed_grad = torch.stack(keyed_grads)
+        if key_gain is None or wide_gain is None:
+            return [*source_grads, keyed_grad.reshape(query.shape)]
+        gain_grad = keyed_grad * wide_query
+        if self.normalize_values:
+            gain_grad = gain_grad + torch.stack(value_gain_grads)
+        if key_gain.ndim < query.ndim:
+            gain_grad = gain_grad.sum(0)
+        return [*source_grads, (keyed_grad * wide_gain).reshape(query.shape), gain_grad.reshape(key_gain.shape)]
+
+
+def phase1(
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float, logit_scale: float, normalize_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1, phase 1, in normalised form: the mixes [M, ..., d] and the log-sum-exp of their logits [M, ...]."""
+    _, scores = _scores(sources, query, key_gain, eps, statistics_dtype(sources))
+    mixed = mix_forward(sources, query, key_gain, eps, logit_scale, normalize_values, 1.0)
+    return mixed, torch.logsumexp(scores * logit_scale, dim=1)
+
+
+def phase1_backward(
+    grads: Tensor, lse_grads: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float,
+    logit_scale: float, normalize_values: bool,
+) -> list[Tensor]:
+    """The gradients of phase 1: those of the mixes, and dL/ds_i = logit_scale a_i dL/dlse on top."""
+    dtype = statistics_dtype(sources)
+    inverse_rms, scores = _scores(sources, query, key_gain, eps, dtype)
+    read = Read(inverse_rms, scores, torch.softmax(scores * logit_scale, dim=1), normalize_values)
+    row_grads = grads.to(dtype)
+    pulls = read.pulls(sources, row_grads, key_gain)
+    pull = pulls - (read.weights * pulls).sum(1, keepdim=True) + lse_grads.to(dtype).unsqueeze(1)
+    return read.gradients(row_grads, sources, query, key_gain, pulls, logit_scale * read.weights * pull)
+
+
+def phase2(
+    mixed: Tensor, lse: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float,
+    logit_scale: float, normalize_values: bool, output_factor: float,
+) -> Tensor:
+    """Algorithm 1, phase 2: the mix of what phase 1 read and of further sources, before its rounding.
+
+    (mixed, lse) is one more source, whose value is known already and whose logit is lse.
+    """
+    dtype = statistics_dtype((mixed, lse, *sources))
+    inverse_rms, scores = _scores(sources, query, key_gain, eps, dtype)
+    weights = _joint_weights(lse, scores, logit_scale)
+    coefficients = weights[1:] * inverse_rms if normalize_values else weights[1:]
+    rows = coefficients[0].unsqueeze(-1) * sources[0].to(dtype)
+    for coefficient, source in zip(coefficients[1:], sources[1:]):
+        rows = torch.addcmul(rows, coefficient.unsqueeze(-1), source.to(dtype))
+    if normalize_values and key_gain is not None:
+        rows = rows * key_gain.to(dtype)
+    return torch.addcmul(rows, weights[0].unsqueeze(-1), mixed.to(dtype)) * output_factor
+
+
+def phase2_backward(
+    grad: Tensor, mixed: Tensor, lse: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float,
+    logit_scale: float, normalize_values: bool, output_factor: float,
+) -> list[Tensor]:
+    """The gradients of mixed and lse, then those of the sources, the query and the gain, before their rounding."""
+    dtype = statistics_dtype((mixed, lse, *sources))
+    row_grad = grad.to(dtype) * output_factor
+    inverse_rms, scores = _scores(sources, query, key_gain, eps, dtype)
+    weights = _joint_weights(lse, scores, logit_scale)
+    read = Read(inverse_rms, scores, weights[1:].unsqueeze(0), normalize_values)
+    pulls = read.pulls(sources, row_grad.unsqueeze(0), key_gain)
+    mixed_pull = (row_grad * mixed.to(dtype)).sum(-1)
+    mean = weights[0] * mixed_pull + (read.weights * pulls).sum(1).squeeze(0)
+    score_grads = logit_scale * read.weights * (pulls - mean)
+    rest = read.gradients(row_grad.unsqueeze(0), sources, query, key_gain, pulls, score_grads)
+    return [weights[0].unsqueeze(-1) * row_grad, weights[0] * (mixed_pull - mean), *rest]
+
+
+def _joint_weights(lse: Tensor, scores: Tensor, logit_scale: float) -> Tensor:
+    """[1 + n, ...]: the softmax over the log-sum-exp of phase 1 and the logits of further sources."""
+    return torch.softmax(torch.cat([lse.to(scores.dtype).unsqueeze(0), scores[0] * logit_scale]), dim=0)
 
 
 def _rows(vectors: Tensor) -> Tensor:
