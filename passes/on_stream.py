@@ -231,7 +231,7 @@ def classify(way: Sequence[fx.Node], start: fx.Node, root: fx.Node, search: Sear
     if norm is not None:
         return Obstacle("norm", norm)
     link = search.links.get(start)
-    skip = link and first(lambda n: addition_of(n) is not None and any(
+    skip = None if link is None else first(lambda n: addition_of(n) is not None and any(
         base_of(part) is not start and search.earlier_value(part, link) is not None for part in n.all_input_nodes))
     if skip is not None:
         return Obstacle("long skip", skip)

@@ -85,9 +85,9 @@ def _check_phase1_backward(
     check_phase1(sources, query, key_gain, eps)
     count = query.shape[0]
     torch._check_value(len(grads) == 2 * count, lambda: f"attnres::mix_phase1: {2 * count} gradients, got {len(grads)}")
-    for position, grad in enumerate(grads):
-        shape = sources[0].shape if position < count else sources[0].shape[:-1]
-        torch._check_value(grad.shape == shape, lambda: f"attnres::mix_phase1: a gradient has the shape {tuple(grad.shape)}")
+    for name, listed, shape in (("grad", grads[:count], sources[0].shape), ("lse_grad", grads[count:], sources[0].shape[:-1])):
+        for grad in listed:
+            reference.check_shape(name, grad, shape, "that of the result")
     return [*sources, query] if key_gain is None else [*sources, query, key_gain]
 
 
@@ -97,7 +97,8 @@ def phase1_backward_composite(
     """The gradients of phase 1 as differentiable torch operations."""
     targets = _check_phase1_backward(grads, sources, query, key_gain, *options)
     count = query.shape[0]
-    made = reference.phase1_backward(torch.stack(grads[:count]), torch.stack(grads[count:]), sources, query, key_gain, *options)
+    mixed_grads, lse_grads = torch.stack(grads[:count]), torch.stack(grads[count:])
+    made = reference.phase1_backward(mixed_grads, lse_grads, sources, query, key_gain, *options)
     return [wide.to(target.dtype) for wide, target in zip(made, targets, strict=True)]
 
 

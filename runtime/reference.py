@@ -36,7 +36,7 @@ def check_arguments(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor |
     torch._check_value(first.ndim > 0, lambda: "attnres::mix: sources[0] is a scalar; a source has the shape [..., d]")
     for position, source in enumerate(sources):
         _check_kind(f"sources[{position}]", source, first.device)
-        _check_shape(f"sources[{position}]", source, first.shape, "the shape of sources[0]")
+        check_shape(f"sources[{position}]", source, first.shape, "the shape of sources[0]")
     width = first.shape[-1]
     torch._check_value(width > 0, lambda: "attnres::mix: the last dimension of the sources is empty")
     torch._check_value(eps >= 0, lambda: f"attnres::mix: eps must not be negative, got {eps}")
@@ -47,16 +47,16 @@ def check_arguments(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor |
         lambda: f"attnres::mix: query must be [d] or [M, d], got {query.ndim} dimensions, shape {tuple(query.shape)}",
     )
     torch._check_value(query.shape[0] > 0, lambda: f"attnres::mix: query is empty, shape {tuple(query.shape)}")
-    _check_shape("query", query, (*query.shape[:-1], width), "the width of the sources")
+    check_shape("query", query, (*query.shape[:-1], width), "the width of the sources")
     if key_gain is not None:
         _check_kind("key_gain", key_gain, first.device)
         shape = query.shape if key_gain.ndim == query.ndim else (width,)
-        _check_shape("key_gain", key_gain, shape, "[d], or the shape of query")
+        check_shape("key_gain", key_gain, shape, "[d], or the shape of query")
 
 
 def check_grad(grad: Tensor, sources: Sequence[Tensor], query: Tensor) -> None:
     """Raise ValueError unless grad has the shape of the mix."""
-    _check_shape("grad", grad, output_shape(sources, query), "the shape of the mix")
+    check_shape("grad", grad, output_shape(sources, query), "the shape of the mix")
 
 
 def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -70,7 +70,9 @@ def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
     )
 
 
-def _check_shape(name: str, tensor: Tensor, shape: Sequence[int], what: str) -> None:
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], what: str) -> None:
+    """Raise ValueError unless ``tensor`` has the shape; ``what`` says where that comes from."""
+
     def message() -> str:
         return f"attnres::mix: {name} has the shape {tuple(tensor.shape)}, expected {tuple(shape)} ({what})"
 
@@ -170,8 +172,6 @@ def mix_backward(
     since d r_i / d v_i = -r_i^3 v_i / d. The folded query w * g receives sum_i ds_i r_i v_i, summed over positions.
     """
     dtype = statistics_dtype(sources)
-    shape = sources[0].shape
-    width = shape[-1]
     row_grads = (grad if query.ndim == 2 else grad.unsqueeze(0)).to(dtype) * output_factor
     if len(sources) == 1 and not normalize_values:
         # The only weight is the constant one: neither query nor gain has any influence.
