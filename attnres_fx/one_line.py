@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import compiling_frame, graph_break_reason, restart_tracing
+from attnres_fx.passes._compat import compiling_frame, graph_break_reason, restart_tracing, skipped_frame
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import stack_paths
 from attnres_fx.passes.lower import RESTART
@@ -87,6 +87,12 @@ def _refuse_pieces(gm: fx.GraphModule, streams: list[Stream]) -> None:
         start = base_of(stream.layers[0].skip)
         leaves_raw = any(user.op == "output" for user in stream.values[-1].users)
         if start.op == "placeholder" and leaves_raw:
+            broken = skipped_frame()
+            if broken is not None:
+                reason, source = broken
+                raise GraphBreakError(
+                    f"a graph break in a loop takes the model apart, layer by layer: {reason}", place=Place(source=source),
+                    remedy="make the loop traceable; torch.compile(..., fullgraph=True) names the line that breaks it")
             raise OneLineError(
                 f"the residual stream crosses the border of what is compiled: it comes in as '{start.name}' and goes out "
                 "unnormalised, as in one layer of a larger model", place=stream.layers[0].place,

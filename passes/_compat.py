@@ -134,6 +134,29 @@ def graph_break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
     return str(reason.reason), where
 
 
+def skipped_frame() -> tuple[str, str] | None:
+    """(reason, ``file:line`` of the function) of a calling frame that Dynamo gave up: a graph break within its loop.
+
+    Nobody is handed such a frame: it runs eagerly, and Dynamo compiles what it calls, piece by piece. What remains is its
+    record among the counters, and the frame itself on the stack of whoever is called now.
+    """
+    from torch._dynamo.utils import counters
+
+    frame = sys._getframe(1)
+    running = set()
+    while frame is not None:
+        code = frame.f_code
+        running.add(f"frame skipped: {code.co_name} ({code.co_filename} line {code.co_firstlineno})")
+        frame = frame.f_back  # type: ignore[assignment]
+    for text in reversed(counters["unimplemented"]):
+        if "graph break in loop" in text:
+            found = next((entry for entry in running if entry in text), None)
+            if found is not None:
+                file, line = found.split(" (", 1)[1].rstrip(")").rsplit(" line ", 1)
+                return text.splitlines()[0], f"{file}:{line}"
+    return None
+
+
 def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Install the hooks behind ``output_hidden_states`` and its kin, if the call asks for them.
 

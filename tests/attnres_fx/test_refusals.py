@@ -151,9 +151,12 @@ def test_graph_break_names_its_line(
     refused = one_line_error(model, ids)
     if model_class is reference.NanoGPT and index > 0:
         # A break in a later round of a loop: Dynamo gives the whole frame up and hands us its first layer alone. The error
-        # names the way to the line, which then holds.
-        assert isinstance(refused, errors.OneLineError)
+        # names the loop, the reason, and the way to the line, which then holds.
+        assert isinstance(refused, errors.GraphBreakError)
         assert "fullgraph=True" in str(refused)
+        forward = model_class.forward.__code__
+        assert f"{forward.co_filename}:{forward.co_firstlineno}" in str(refused)
+        assert ("graph_break()" if block is Breaks else "ata-dependent") in str(refused)
         torch._dynamo.reset()  # it remembers the frames that it gave up
         with pytest.raises(torch._dynamo.exc.Unsupported) as whole:
             torch.compile(model, backend="attnres", fullgraph=True)(ids)

@@ -231,3 +231,32 @@ def test_fake_values_of_a_symbolically_traced_graph() -> None:
         assert isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt) and width == 4
         assert str(first) != str(second)
     assert _compat.fake_mode_of(values.values()) is not None
+
+
+def test_a_frame_given_up_for_a_break_in_its_loop_is_seen_from_within() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Small() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, layer in enumerate(self.layers):
+                x = layer(x)
+                if index == 1:
+                    torch._dynamo.graph_break()
+            return x
+
+    seen: list[tuple[str, str] | None] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(_compat.skipped_frame())
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.compile(Small(), backend=backend)(torch.ones(2, 4))
+    assert seen == [None]
+    torch.compile(Loop(), backend=backend)(torch.ones(2, 4))
+    reason, place = seen[-1] or ("", "")
+    assert "graph_break()" in reason
+    assert place == f"{__file__}:{Loop.forward.__code__.co_firstlineno}"
