@@ -19,6 +19,7 @@ from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.recognize import Recognized, recognize
+from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.select import select_kernels
 from attnres_fx.runtime.errors import OptionError
 
@@ -59,7 +60,9 @@ def attnres(
 
 
 def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """Hand a graph, with the kernels that the options name, to the compiler that they name."""
+    """Hand a graph, with the schedule and the kernels that the options name, to the compiler that they name."""
+    wished = "one-pass" if options.schedule == "auto" and options.downstream != "inductor" else options.schedule
+    gm = schedule_mixes(gm, wished, training=torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs))
     gm = select_kernels(gm, options.kernels)
     match options.downstream:
         case "eager":
@@ -68,6 +71,10 @@ def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Optio
             return run_aot_eager(gm, inputs)
         case _:
             return run_inductor(gm, inputs, dict(options.inductor))
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _check_fixed(plan: StreamPlan, options: Options) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from attnres_fx.passes.plan import MIX_SCALES
+from attnres_fx.passes.schedule import SCHEDULES
 from attnres_fx.passes.select import KERNELS
 from attnres_fx.runtime.errors import OptionError
 
@@ -22,6 +23,8 @@ class Options:
         plain model while it is compiled. A converted model has them fixed; giving others is an error.
     downstream: who compiles the rewritten graph: "inductor", or for debugging "aot_eager" or "eager".
     inductor: configuration patches handed on to Inductor.
+    schedule: how mixes read their sources: "auto", in two phases where a model of bytes moved says so (the debugging
+        downstreams read in one pass); "one-pass", always; "two-phase", wherever consecutive mixes have sources in common.
     kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
         kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU in
         Triton's interpreter alone.
@@ -33,6 +36,7 @@ class Options:
     eps: float | None = None
     downstream: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str = "auto"
     kernels: str = "auto"
 
     @staticmethod
@@ -56,10 +60,12 @@ class Options:
     def _check(self) -> None:
         if self.downstream not in DOWNSTREAMS:
             raise OptionError(f"downstream is {self.downstream!r}", remedy=f"give one of {', '.join(DOWNSTREAMS)}")
-        if self.kernels not in KERNELS:
-            near = difflib.get_close_matches(str(self.kernels), KERNELS, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise OptionError(f"kernels is {self.kernels!r}", remedy=f"{hint}give one of {', '.join(KERNELS)}")
+        for name, known in (("kernels", KERNELS), ("schedule", SCHEDULES)):
+            given = getattr(self, name)
+            if given not in known:
+                near = difflib.get_close_matches(str(given), known, n=1)
+                hint = f"did you mean '{near[0]}'? " if near else ""
+                raise OptionError(f"{name} is {given!r}", remedy=f"{hint}give one of {', '.join(known)}")
         if self.mix_scale is not None and self.mix_scale not in MIX_SCALES:
             raise OptionError(f"mix_scale is {self.mix_scale!r}", remedy="give 'paper' or 'sum'")
         if not isinstance(self.inductor, Mapping):

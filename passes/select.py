@@ -1,11 +1,14 @@
 """Select: put the wished kernels behind the mixes of a rewritten graph.
 
-Matches: ``attnres::mix`` nodes. Replaces with: the operator that always runs the named implementation, where one is named.
-"auto" and "native" leave ``attnres::mix``, which chooses by device when it runs; "native" makes sure what it will choose.
+Matches: ``attnres::mix`` nodes and the two phases. Replaces with: the operator that always runs the named implementation,
+where one is named. "auto" and "native" leave the operators that choose by device when they run; "native" makes sure what
+they will choose.
 The last pass: others need not know the operators.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import fx
 
@@ -14,9 +17,11 @@ from attnres_fx.runtime import triton
 from attnres_fx.runtime.cpu import native
 from attnres_fx.runtime.errors import KernelError
 from attnres_fx.runtime.mix import MIX, MIX_REFERENCE, MIX_TRITON
+from attnres_fx.runtime.phases import PHASE1, PHASE1_REFERENCE, PHASE1_TRITON, PHASE2, PHASE2_REFERENCE, PHASE2_TRITON
 
-OPERATORS = {"native": MIX, "reference": MIX_REFERENCE, "triton": MIX_TRITON}
-KERNELS = ("auto", *OPERATORS)
+_OPERATORS = {"reference": {MIX: MIX_REFERENCE, PHASE1: PHASE1_REFERENCE, PHASE2: PHASE2_REFERENCE},
+              "triton": {MIX: MIX_TRITON, PHASE1: PHASE1_TRITON, PHASE2: PHASE2_TRITON}, "native": {}}
+KERNELS = ("auto", "native", "reference", "triton")
 
 
 def select_kernels(gm: fx.GraphModule, kernels: str) -> fx.GraphModule:
@@ -24,25 +29,33 @@ def select_kernels(gm: fx.GraphModule, kernels: str) -> fx.GraphModule:
 
     Raises: KernelError if they cannot run on the device of a mix.
     """
-    mixes = [node for node in gm.graph.nodes if _is_mix(node)]
+    mixes = [node for node in gm.graph.nodes if _operator(node) is not None]
     if kernels == "auto" or not mixes:
         return gm
-    for device in sorted({value.device.type for node in mixes if (value := float_tensor(node)) is not None}):
+    for device in sorted({_device(node) for node in mixes}):
         refusal = _obstacle(kernels, device)
         if refusal is not None:
             raise refusal
     gm = copy_graph_module(gm)
     for node in gm.graph.nodes:
-        if _is_mix(node):
-            node.target = OPERATORS[kernels]
+        operator = _operator(node)
+        if operator is not None:
+            node.target = _OPERATORS[kernels].get(operator, operator)
     gm.graph.lint()
     gm.recompile()
     return gm
 
 
-def _is_mix(node: fx.Node) -> bool:
+def _operator(node: fx.Node) -> Any:
+    """The operator of a mix or a phase that chooses its kernels when it runs; None for anything else."""
     # Dynamo records the packet where a user's code calls torch.ops.attnres.mix without naming an overload.
-    return node.op == "call_function" and node.target in (MIX, MIX.overloadpacket)
+    return next((operator for operator in (MIX, PHASE1, PHASE2)
+                 if node.op == "call_function" and node.target in (operator, operator.overloadpacket)), None)
+
+
+def _device(node: fx.Node) -> str:
+    value = next(value for source in node.all_input_nodes if (value := float_tensor(source)) is not None)
+    return value.device.type
 
 
 def _obstacle(kernels: str, device: str) -> KernelError | None:

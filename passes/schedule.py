@@ -1,0 +1,213 @@
+"""Schedule: read sources that consecutive mixes have in common once, in two phases (Algorithm 1), where that pays.
+
+Matches: ``attnres::mix`` nodes of one query whose lists of sources begin alike. Replaces with: one ``attnres::mix_phase1``
+over the common sources for all their queries, and one ``attnres::mix_phase2`` a mix over its own later sources. Which mixes
+are grouped is decided by :mod:`attnres_fx.passes.traffic`; the blocks of the model play no part in it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnres_fx.passes._compat import hinted
+from attnres_fx.passes.graph import copy_graph_module, insert_call, value_of
+from attnres_fx.passes.traffic import MOST_QUERIES, Machine, schedule
+from attnres_fx.passes.vocabulary import argument, changes_of, is_mix, is_mutation, memory_of, op_name
+from attnres_fx.runtime.phases import PHASE1, PHASE2
+from attnres_fx.runtime.triton.configs import backward_queries, forward_queries
+
+aten = torch.ops.aten
+
+SCHEDULES = ("auto", "one-pass", "two-phase")
+# A query made by more operations than these is left where it is.
+_MOST_MOVED = 16
+# Bytes against a one-pass read that make a group of anything that has a source in common.
+_PREFER = 1e15
+
+
+@dataclass(frozen=True)
+class Read:
+    """One mix: its node and its arguments."""
+
+    node: fx.Node
+    sources: tuple[fx.Node, ...]
+    query: fx.Node
+    key_gain: fx.Node | None
+    eps: float
+    logit_scale: float
+    normalize_values: bool
+    output_factor: float
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """Only mixes of one family can share a phase 1."""
+        value = value_of(self.node)
+        gain = None if self.key_gain is None else value_of(self.key_gain).dtype
+        # A checkpointed region is recomputed as a whole: what it reads from another one would have to be kept.
+        region = self.node.meta.get("ac_graph_id"), self.node.meta.get("recompute")
+        return (str(value.shape), value.device, value.dtype, value_of(self.query).dtype, gain, self.eps, self.logit_scale,
+                self.normalize_values, *region)
+
+
+def schedule_mixes(gm: fx.GraphModule, wished: str, training: bool) -> fx.GraphModule:
+    """A copy of ``gm`` whose mixes are read in two phases where that is chosen; ``gm`` itself where none is.
+
+    ``wished``: "auto", by bytes moved; "two-phase", wherever two consecutive mixes share a source; "one-pass", nowhere.
+    ``training`` counts the backward, too.
+    """
+    if wished == "one-pass":
+        return gm
+    scheduled = copy_graph_module(gm)
+    if not schedule_graph(scheduled.graph, wished, training):
+        return gm
+    scheduled.graph.lint()
+    scheduled.recompile()
+    return scheduled
+
+
+def schedule_graph(graph: fx.Graph, wished: str, training: bool) -> bool:
+    """The work of :func:`schedule_mixes` on a bare graph, in place, without code generation; whether it changed anything."""
+    changed = False
+    for reads in families(graph):
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        movable = [_movable((read.query, read.key_gain)) for read in reads]
+        known: dict[fx.Node, list[int]] = {}
+        changed_at = [_changes((*read.sources, read.query, read.key_gain, *(calls or ())), order, known)
+                      for read, calls in zip(reads, movable)]
+
+        def joinable(first: int, later: int, reads: Sequence[Read] = reads, order: dict[fx.Node, int] = order,
+                     movable: Sequence[Any] = movable, changed_at: Sequence[Sequence[int]] = changed_at) -> bool:
+            begin, end = order[reads[first].node], order[reads[later].node]
+            early = all(order[part] < begin for part in (reads[later].query, reads[later].key_gain) if part is not None)
+            return (early or movable[later] is not None) and not any(begin < at < end for at in changed_at[later])
+
+        penalty = _PREFER if wished == "two-phase" else 0.0
+        groups = schedule([read.sources for read in reads], machine_of(reads[0], training), joinable, penalty)
+        for group in groups:
+            if group.prefix:
+                _split(reads[group.start:group.stop], movable[group.start:group.stop], group.prefix)
+                changed = True
+    return changed
+
+
+def families(graph: fx.Graph) -> list[list[Read]]:
+    """The mixes of one query in graph order, those together that can share a phase 1."""
+    found: dict[tuple[Any, ...], list[Read]] = {}
+    recorded: Any = None  # what autograd was last told in the graph
+    level = 0  # a phase 1 for mixes on both sides of a transform's border would be of neither
+    for node in graph.nodes:
+        name = op_name(node)
+        if name == "_set_grad_enabled":
+            recorded = node.args[0]
+        elif name.endswith("_nesting") or "inference_mode" in name:
+            level += 1
+        elif is_mix(node):
+            read = _read(node)
+            if read is not None:
+                found.setdefault((*read.family, recorded, level), []).append(read)
+    return list(found.values())
+
+
+def _changes(
+    parts: Sequence[fx.Node | None], order: dict[fx.Node, int], known: dict[fx.Node, list[int]]
+) -> list[int]:
+    """Where one of ``parts``, or what it is computed from directly, is changed in place; ``known`` keeps what was found."""
+    found: list[int] = []
+    for root in {memory_of(near) for part in parts if part is not None for near in (part, *part.all_input_nodes)}:
+        if root not in known:
+            known[root] = [order[change] for change in changes_of(root)]
+        found += known[root]
+    return found
+
+
+def machine_of(read: Read, training: bool) -> Machine:
+    """What the bytes of a family are counted for: its traced sizes, and the queries that one sweep serves on its device."""
+    value = value_of(read.node)
+    width = int(hinted(value.shape[-1]))
+    tokens = 1.0
+    for size in value.shape[:-1]:
+        tokens *= hinted(size)
+    sweep = MOST_QUERIES
+    if value.device.type == "cuda":
+        sweep = min(forward_queries(width), backward_queries(width)) if training else forward_queries(width)
+    return Machine(width, value.element_size(), tokens, training, sweep, read.key_gain is not None)
+
+
+def _read(node: fx.Node) -> Read | None:
+    sources = argument(node, 0, "sources")
+    query, gain = argument(node, 1, "query"), argument(node, 2, "key_gain")
+    listed = isinstance(sources, (list, tuple)) and all(isinstance(source, fx.Node) for source in sources)
+    if not listed or not isinstance(query, fx.Node) or value_of(query).dim() != 1:
+        return None
+    return Read(node, tuple(sources), query, gain, argument(node, 3, "eps", 1e-6), argument(node, 4, "logit_scale", 1.0),
+                argument(node, 5, "normalize_values", False), argument(node, 6, "output_factor", 1.0))
+
+
+def _movable(parts: Sequence[fx.Node | None]) -> list[fx.Node] | None:
+    """The few calls that ``parts`` are made by, back to the inputs of the graph, in no order; None if they must stay."""
+    pending = [part for part in parts if part is not None]
+    found: list[fx.Node] = []
+    while pending:
+        node = pending.pop()
+        if node.op in ("placeholder", "get_attr") or node in found:
+            continue
+        stays = node.op not in ("call_function", "call_method") or node.is_impure() or is_mutation(node) or is_mix(node)
+        if stays or len(found) == _MOST_MOVED:
+            return None
+        found.append(node)
+        pending += node.all_input_nodes
+    return found
+
+
+def _split(reads: Sequence[Read], moved: Sequence[list[fx.Node] | None], prefix: int) -> None:
+    """Put the two phases in the place of a group of mixes."""
+    first = reads[0]
+    graph, like = first.node.graph, first.node
+    queries = len(reads)
+    for calls in moved:
+        _move_before(first.node, calls or [])
+    with graph.inserting_before(first.node):
+        stacked = insert_call(graph, aten.stack.default, ([read.query for read in reads],), like=like)
+        gains = None
+        if first.key_gain is not None:
+            gains = insert_call(graph, aten.stack.default, ([read.key_gain for read in reads],), like=like)
+        options = (first.eps, first.logit_scale, first.normalize_values)
+        record = {"role": "phase 1", "sources": prefix, "queries": queries}
+        common = list(first.sources[:prefix])
+        early = insert_call(graph, PHASE1, (common, stacked, gains, *options), like=like, record=record)
+        _keep_tags(first.node, early)
+    values = value_of(early)
+    for place, read in enumerate(reads):
+        with graph.inserting_before(read.node):
+            node = insert_call(graph, operator.getitem, (early, place), like=read.node, value=values[place])
+            tail = list(read.sources[prefix:])
+            if tail:
+                lse = insert_call(graph, operator.getitem, (early, queries + place), like=read.node,
+                                  value=values[queries + place])
+                node = insert_call(
+                    graph, PHASE2, (node, lse, tail, read.query, read.key_gain, *options, read.output_factor),
+                    like=read.node, value=value_of(read.node), record=read.node.meta.get("attnres"))
+            elif read.output_factor != 1.0:
+                node = insert_call(graph, aten.mul.Tensor, (node, read.output_factor), like=read.node)
+            _keep_tags(read.node, node)
+        read.node.replace_all_uses_with(node)
+        graph.erase_node(read.node)
+
+
+def _move_before(place: fx.Node, calls: Sequence[fx.Node]) -> None:
+    """Move those of ``calls`` that stand behind ``place`` in front of it; with their inputs, which are among them."""
+    late = [node for node in calls if node > place]
+    for node in sorted(late):
+        place.prepend(node)
+
+
+def _keep_tags(source: fx.Node, made: fx.Node) -> None:
+    for tag in ("recompute", "ac_graph_id"):
+        if tag in source.meta:
+            made.meta[tag] = source.meta[tag]

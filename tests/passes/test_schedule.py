@@ -1,0 +1,169 @@
+"""Schedule: mixes that share sources are read in two phases, and nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import relative
+from torch import Tensor, fx, nn
+
+import attnres_fx
+from attnres_fx.passes.capture import capture
+from attnres_fx.passes.lower import lower_marked
+from attnres_fx.passes.schedule import schedule_mixes
+from attnres_fx.passes.vocabulary import is_mix
+from attnres_fx.runtime.mix import mix
+from attnres_fx.runtime.phases import PHASE1, PHASE2
+
+
+def count(gm: fx.GraphModule) -> tuple[int, int, int]:
+    """(mixes, phases 1, phases 2)."""
+    targets = [node.target for node in gm.graph.nodes]
+    return sum(map(is_mix, gm.graph.nodes)), targets.count(PHASE1), targets.count(PHASE2)
+
+
+@functools.cache
+def rewritten(
+    num_layers: int, num_blocks: int, *, mix_scale: str = "paper", shape: tuple[int, int] = (2, 32)
+) -> tuple[Any, ...]:
+    """The rewritten graph of a small Llama in float64 with random queries, its inputs, and those that take gradients."""
+    model = models.llama(num_layers).double()
+    ids = models.token_ids(*shape)
+    attnres_fx.convert(model, ids, num_blocks=num_blocks, mix_scale=mix_scale)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.attnres.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    captured, inputs = capture(model, (ids,), {})
+    leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    return lower_marked(captured)[0], inputs, leaves
+
+
+def values_and_gradients(gm: fx.GraphModule, inputs: list[Any], leaves: list[Tensor]) -> list[Tensor]:
+    outputs = [value for value in gm(*inputs) if isinstance(value, Tensor) and value.is_floating_point()]
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((value * torch.randn(value.shape, generator=generator, dtype=value.dtype)).sum() for value in outputs)
+    return [*outputs, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+
+def assert_same(before: fx.GraphModule, after: fx.GraphModule, inputs: list[Any], leaves: list[Tensor]) -> None:
+    expected, got = (values_and_gradients(gm, inputs, leaves) for gm in (before, after))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert relative(ours, theirs) < 1e-9  # norms of the model round through float32
+
+
+@pytest.mark.parametrize("num_layers, num_blocks, mix_scale", [(3, 2, "sum"), (6, 12, "paper"), (4, 3, "paper")])
+@pytest.mark.parametrize("wished", ["auto", "two-phase"])
+def test_the_schedule_changes_no_value(num_layers: int, num_blocks: int, mix_scale: str, wished: str) -> None:
+    before, inputs, leaves = rewritten(num_layers, num_blocks, mix_scale=mix_scale)
+    after = schedule_mixes(before, wished, training=True)
+    after.graph.lint()
+    mixes, first, second = count(after)
+    assert first > 0
+    assert second > 0
+    if wished == "two-phase":
+        assert mixes <= 1
+    assert_same(before, after, inputs, leaves)
+    assert count(schedule_mixes(after, wished, training=True)) == count(after)
+
+
+def test_one_pass_and_few_tokens_leave_the_graph_as_it_is() -> None:
+    before, _, _ = rewritten(6, 12)
+    assert schedule_mixes(before, "one-pass", training=True) is before
+    few, _, _ = rewritten(4, 3, shape=(1, 1))
+    assert schedule_mixes(few, "auto", training=False) is few
+
+
+def test_inference_and_training_are_decided_apart() -> None:
+    before, _, _ = rewritten(4, 3)
+    inference, training = (schedule_mixes(before, "auto", training=t) for t in (False, True))
+    assert count(inference) != count(training)
+
+
+class Sharing(nn.Module):
+    """Four reads of the same three sources, with something between the second and the third."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.between = between
+        self.queries = nn.ParameterList(torch.randn(4, 8, dtype=torch.float64).unbind(0))
+        self.weight = nn.Parameter(torch.randn(8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sources = [x * self.weight, x.sin() * self.weight, x.cos() * self.weight]
+        queries = list(self.queries)
+        total = mix(sources, queries[0]) + mix(sources, queries[1]).tanh()
+        match self.between:
+            case "tokens":
+                queries[2] = queries[2] * total.mean()
+            case "change":
+                sources[1].mul_(2.0)
+            case "gradient":
+                with torch.no_grad():
+                    apart = mix(sources, queries[2]) + mix(sources, queries[3])
+                return total + apart
+            case "several":
+                queries[2] = torch.stack([queries[2], queries[3]])
+                return total + mix(sources, queries[2]).sum(0)
+        return total + mix(sources, queries[2]).tanh() + mix(sources, queries[3])
+
+
+@pytest.mark.parametrize("between, expected", [
+    ("nothing", (0, 1, 0)), ("tokens", (0, 2, 0)), ("change", (0, 2, 0)), ("gradient", (0, 2, 0)), ("several", (1, 1, 0))])
+def test_reads_that_must_stay_apart_stay_apart(between: str, expected: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model = Sharing(between)
+    before, inputs = capture(model, (torch.randn(50, 8, dtype=torch.float64),), {})
+    after = schedule_mixes(before, "two-phase", training=True)
+    assert count(after) == expected
+    if between == "change":  # autograd refuses a source that is changed after it was saved
+        with torch.no_grad():
+            torch.testing.assert_close(after(*inputs), before(*inputs), rtol=1e-12, atol=1e-12)
+        return
+    leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    assert_same(before, after, inputs, leaves)
+
+
+def test_checkpointed_regions_share_nothing() -> None:
+    before, _, _ = rewritten(6, 12)
+    for index, node in enumerate(node for node in before.graph.nodes if is_mix(node)):
+        node.meta["recompute"], node.meta["ac_graph_id"] = "prefer", index // 2
+    after = schedule_mixes(before, "two-phase", training=True)
+    phases = [node for node in after.graph.nodes if node.target is PHASE1]
+    assert len(phases) == 6
+    for node in phases:
+        made = {user.meta.get("ac_graph_id") for part in node.users for user in part.users if user.target is PHASE2}
+        assert made <= {node.meta["ac_graph_id"]}
+        assert all(user.target is operator.getitem for user in node.users)
+
+
+@pytest.mark.parametrize("schedule, grad", [("auto", True), ("two-phase", False)])
+def test_compiled_models_are_scheduled(schedule: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnres_fx import backend
+
+    seen: list[fx.GraphModule] = []
+    run = backend.run_inductor
+    monkeypatch.setattr(backend, "run_inductor", lambda gm, *rest: (seen.append(gm), run(gm, *rest))[1])
+    torch._dynamo.reset()
+    model, ids = models.llama(4), models.token_ids(2, 64)
+    attnres_fx.convert(model, ids, num_blocks=8)
+    with torch.no_grad():
+        model.attnres.stream.query.normal_()
+    fast = torch.compile(model, backend="attnres", options={"schedule": schedule})
+    with torch.set_grad_enabled(grad):
+        got, expected = fast(ids).logits, model(ids).logits
+        assert relative(got, expected) < 1e-5
+        if grad:
+            parameters = list(model.parameters())
+            ours, theirs = (torch.autograd.grad(value.square().mean(), parameters, allow_unused=True)
+                            for value in (got, expected))
+            for a, b in zip(ours, theirs, strict=True):
+                assert relative(a, b) < 1e-4
+    assert count(seen[0])[1] > 0
