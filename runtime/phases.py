@@ -8,6 +8,8 @@ The kernels here are the reference; native and Triton kernels register themselve
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from . import reference
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
+from .cpu import native
 from .mix import LIBRARY, round_into_new
 
 # "" is served by the fastest kernels there are, the others by those they are named after.
@@ -23,7 +26,8 @@ VARIANTS = ("", "_reference", "_triton")
 _READ = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}"
 _DEFAULTS = ("=1e-6", "=1.0", "=False")
 
-for _name in VARIANTS:
+# "_autograd" is "", entered where autograd has something to record.
+for _name in (*VARIANTS, "_autograd"):
     for _schema in (
         f"mix_phase1{_name}({_READ.format(*_DEFAULTS)}) -> Tensor[]",
         f"mix_phase1_backward{_name}(Tensor[] grads, {_READ.format('', '', '')}) -> Tensor[]",
@@ -262,11 +266,52 @@ def _operator(base: str, name: str) -> Any:
     return getattr(torch.ops.attnres, base + name).default
 
 
-for _name in ("", "_reference"):
-    LIBRARY.impl(f"mix_phase1{_name}", _phase1_reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"mix_phase1_backward{_name}", _phase1_backward_reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"mix_phase2{_name}", _phase2_reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"mix_phase2_backward{_name}", _phase2_backward_reference, "CompositeExplicitAutograd")
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    flat = itertools.chain.from_iterable(given if isinstance(given, list) else [given] for given in arguments)
+    return [item for item in flat if isinstance(item, Tensor)]
+
+
+def _native_or(kernel: Any, base: str, *arguments: Any) -> Any:
+    """Runs until a native kernel is registered, and after that never again on its device."""
+    if all(tensor.device.type == "cpu" for tensor in _tensors(arguments)) and native.ensure():
+        return _operator(base, "")(*arguments)
+    return kernel(*arguments)
+
+
+class _Once(torch.autograd.Function):
+    """The gradients, and an error for whoever differentiates them again: silence would make constants of them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with below_autograd():
+            return tuple(call())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError("the phases of attnres::mix can be differentiated only once by loss.backward() and "
+                                  "torch.autograd.grad. For second derivatives use torch.func (grad of grad, hessian).")
+
+
+def _backward_autograd(base: str, name: str, *arguments: Any) -> list[Tensor]:
+    call, tensors = partial(_operator(base, name), *arguments), _tensors(arguments)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return list(_Once.apply(call, *tensors))
+    with below_autograd():
+        made: list[Tensor] = call()
+    return made
+
+
+for _base, _kernel in (("mix_phase1", _phase1_reference), ("mix_phase1_backward", _phase1_backward_reference),
+                       ("mix_phase2", _phase2_reference), ("mix_phase2_backward", _phase2_backward_reference)):
+    LIBRARY.impl(_base, partial(_native_or, _kernel, _base), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
+# Where a native library answers under the autograd key, it hands on to these what autograd has to record.
+LIBRARY.impl("mix_phase1_autograd", partial(_phase1_autograd, ""), "CompositeImplicitAutograd")
+LIBRARY.impl("mix_phase2_autograd", partial(_phase2_autograd, ""), "CompositeImplicitAutograd")
+for _base in ("mix_phase1_backward", "mix_phase2_backward"):
+    LIBRARY.impl(f"{_base}_autograd", partial(_backward_autograd, _base, ""), "CompositeImplicitAutograd")
+    for _name in VARIANTS:
+        LIBRARY.impl(f"{_base}{_name}", partial(_backward_autograd, _base, _name), "Autograd")
 for _name in VARIANTS:
     LIBRARY.impl(f"mix_phase1{_name}", partial(_phase1_autograd, _name), "Autograd")
     LIBRARY.impl(f"mix_phase2{_name}", partial(_phase2_autograd, _name), "Autograd")

@@ -68,22 +68,22 @@ struct Options {
   bool normalize;
   double factor;
 
-  explicit Options(const c10::IValue* from)
-      : eps(from[0].toDouble()), logit_scale(from[1].toDouble()), normalize(from[2].toBool()), factor(from[3].toDouble()) {}
+  Options(const c10::IValue* from, double factor)
+      : eps(from[0].toDouble()), logit_scale(from[1].toDouble()), normalize(from[2].toBool()), factor(factor) {}
 };
 
-// The arguments common to both operators, unowned: the stack keeps them alive.
+// The arguments common to all operators, unowned: the stack keeps them alive.
 struct Arguments {
   c10::ArrayRef<c10::IValue> sources;
   const at::Tensor& query;
   const at::Tensor* gain;
   Options options;
 
-  explicit Arguments(const c10::IValue* from)
+  Arguments(const c10::IValue* from, double factor)
       : sources(from[0].toListRef()),
         query(from[1].toTensor()),
         gain(from[2].isNone() ? nullptr : &from[2].toTensor()),
-        options(from + 3) {}
+        options(from + 3, factor) {}
 
   int64_t count() const { return static_cast<int64_t>(sources.size()); }
   const at::Tensor& first() const { return sources[0].toTensor(); }
@@ -102,7 +102,7 @@ bool floating(at::ScalarType type) {
 
 // Whether the kernels below serve this call.
 bool served(const Arguments& a) {
-  if (a.sources.empty() || (a.count() == 1 && !a.options.normalize) || !(a.options.eps >= 0)) {
+  if (a.sources.empty() || !(a.options.eps >= 0)) {
     return false;
   }
   const at::Tensor& first = a.first();
@@ -125,13 +125,15 @@ bool served(const Arguments& a) {
   return a.gain == nullptr || (parameter(*a.gain) && (a.gain->dim() == 1 || a.gain->sizes() == a.query.sizes()));
 }
 
-// Where the positions of a tensor [..., d] lie. Leading dimensions that step evenly are one stride; others are walked.
+// Where the positions of a tensor [..., d] lie, or of one [...]. Leading dimensions that step evenly are one stride; others
+// are walked.
 class Rows {
  public:
-  explicit Rows(const at::Tensor& tensor) : data_(static_cast<const char*>(tensor.const_data_ptr())) {
-    const int64_t size = static_cast<int64_t>(tensor.element_size());
+  explicit Rows(const at::Tensor& tensor, bool scalars = false)
+      : data_(static_cast<const char*>(tensor.const_data_ptr())) {
+    const int64_t size = static_cast<int64_t>(tensor.element_size()), leading = tensor.dim() - (scalars ? 0 : 1);
     int64_t span = 1;
-    for (int64_t dim = tensor.dim() - 2; dim >= 0; --dim) {
+    for (int64_t dim = leading - 1; dim >= 0; --dim) {
       const int64_t length = tensor.size(dim), stride = tensor.stride(dim) * size;
       if (length == 1) {
         continue;
@@ -144,7 +146,7 @@ class Rows {
       span *= length;
     }
     if (!even_) {
-      for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+      for (int64_t dim = 0; dim < leading; ++dim) {
         sizes_.push_back(tensor.size(dim));
         strides_.push_back(tensor.stride(dim) * size);
       }
@@ -171,22 +173,40 @@ class Rows {
   c10::SmallVector<int64_t, 4> sizes_, strides_;
 };
 
-// The rows of all sources. A source whose last dimension is not dense is copied first; `keep` owns the copies.
-c10::SmallVector<Rows, 16> rows_of(const Arguments& a, Tensors& keep) {
-  c10::SmallVector<Rows, 16> rows;
-  rows.reserve(a.count());
-  for (const c10::IValue& value : a.sources) {
-    const at::Tensor& source = value.toTensor();
-    if (source.stride(-1) == 1 || a.width() == 1) {
-      rows.emplace_back(source);
-    } else {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      keep.push_back(source.contiguous());
-      rows.emplace_back(keep.back());
-    }
+// The rows of a tensor. One whose last dimension is not dense is copied first; `keep` owns the copy.
+Rows rows_of(const at::Tensor& tensor, Tensors& keep) {
+  if (tensor.stride(-1) == 1 || tensor.size(-1) == 1) {
+    return Rows(tensor);
   }
-  return rows;
+  at::AutoDispatchBelowADInplaceOrView guard;
+  keep.push_back(tensor.contiguous());
+  return Rows(keep.back());
 }
+
+using Places = c10::SmallVector<Rows, 16>;
+
+Places rows_of(const Arguments& a, Tensors& keep) {
+  Places places;
+  places.reserve(a.count());
+  for (const c10::IValue& value : a.sources) {
+    places.push_back(rows_of(value.toTensor(), keep));
+  }
+  return places;
+}
+
+// What phase 1 has read, one more source for phase 2: its value is known already, and its logit is the log-sum-exp.
+struct Known {
+  const at::Tensor& mixed;
+  const at::Tensor& lse;
+
+  explicit Known(const c10::IValue* from) : mixed(from[0].toTensor()), lse(from[1].toTensor()) {}
+};
+
+struct KnownRows {
+  Rows mixed, lse;
+
+  KnownRows(const Known& known, Tensors& keep) : mixed(rows_of(known.mixed, keep)), lse(known.lse, true) {}
+};
 
 template <typename A, typename P>
 void widen_as(const at::Tensor& from, A* to, int64_t padded) {

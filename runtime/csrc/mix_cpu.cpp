@@ -1,5 +1,5 @@
-// attnres::mix and attnres::mix_backward for the CPU: every source row comes from memory once and stays in the cache for
-// its second use. What these kernels do not take (mixed dtypes, one source, anything malformed) goes to the reference
+// attnres::mix, its two phases and their gradients for the CPU: every source row comes from memory once and stays in the
+// cache for its second use. What these kernels do not take (mixed dtypes, anything malformed) goes to the reference
 // operators, which compute it or raise; so the two can differ in nothing but rounding and speed.
 #include "mix_backward.h"
 #include "mix_forward.h"
@@ -10,72 +10,140 @@
 namespace attnres {
 namespace {
 
-constexpr int64_t kMixArguments = 7;
+// The lengths of the argument lists; a backward has its gradients in front.
+constexpr int64_t kMix = 7, kPhase1 = 6, kPhase2 = 9;
 
 void to_reference(const char* name, torch::jit::Stack* stack) {
   const auto reference = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   reference.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
 }
 
-void mix(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  const Arguments arguments(stack->data() + stack->size() - kMixArguments);
-  if (!served(arguments)) {
-    return to_reference("attnres::mix_reference", stack);
-  }
-  at::Tensor result;
-  switch (arguments.first().scalar_type()) {
+// `run` for the storage type of the sources, of which it is given a zero.
+template <typename Run>
+auto by_type(const Arguments& a, const Run& run) {
+  switch (a.first().scalar_type()) {
     case at::kFloat:
-      result = forward<float>(arguments);
-      break;
+      return run(float());
     case at::kDouble:
-      result = forward<double>(arguments);
-      break;
+      return run(double());
     case at::kHalf:
-      result = forward<at::Half>(arguments);
-      break;
+      return run(at::Half());
     default:
-      result = forward<at::BFloat16>(arguments);
+      return run(at::BFloat16());
   }
-  torch::jit::drop(*stack, kMixArguments);
+}
+
+// The results in the place of the arguments.
+void answer(torch::jit::Stack* stack, int64_t count, at::Tensor result) {
+  torch::jit::drop(*stack, count);
   stack->emplace_back(std::move(result));
 }
 
-bool fits(const at::Tensor& grad, const Arguments& a) {
-  const bool several = a.query.dim() == 2;
+void answer(torch::jit::Stack* stack, int64_t count, Tensors results) {
+  c10::List<at::Tensor> list;
+  list.reserve(results.size());
+  for (at::Tensor& tensor : results) {
+    list.push_back(std::move(tensor));
+  }
+  torch::jit::drop(*stack, count);
+  stack->emplace_back(std::move(list));
+}
+
+// Whether a tensor has the sources' dtype and, after `skip` dimensions, their shape.
+bool like_sources(const at::Tensor& tensor, const Arguments& a, int64_t skip = 0) {
   const at::IntArrayRef shape = a.first().sizes();
-  return plain(grad) && grad.scalar_type() == a.first().scalar_type() &&
-      grad.dim() == static_cast<int64_t>(shape.size()) + several && grad.sizes().slice(several) == shape &&
-      (!several || grad.size(0) == a.queries());
+  return plain(tensor) && tensor.scalar_type() == a.first().scalar_type() &&
+      tensor.dim() == static_cast<int64_t>(shape.size()) + skip && tensor.sizes().slice(skip) == shape;
+}
+
+// Whether a tensor has the statistics' dtype and one element a position.
+bool like_statistics(const at::Tensor& tensor, const Arguments& a) {
+  const at::IntArrayRef shape = a.first().sizes();
+  return plain(tensor) && tensor.sizes() == shape.slice(0, shape.size() - 1) &&
+      tensor.scalar_type() == (a.first().scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// One source that is not normalised is the mix, whatever the query says.
+bool mix_served(const Arguments& a) {
+  return served(a) && (a.count() > 1 || a.options.normalize);
+}
+
+bool phase2_served(const Known& known, const Arguments& a) {
+  return served(a) && a.query.dim() == 1 && like_sources(known.mixed, a) && like_statistics(known.lse, a);
+}
+
+void mix(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kMix;
+  const Arguments a(from, from[6].toDouble());
+  if (!mix_served(a)) {
+    return to_reference("attnres::mix_reference", stack);
+  }
+  answer(stack, kMix, by_type(a, [&](auto zero) { return mix_forward<decltype(zero)>(a); }));
 }
 
 void mix_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  const c10::IValue* from = stack->data() + stack->size() - kMixArguments - 1;
+  const c10::IValue* from = stack->data() + stack->size() - kMix - 1;
   const at::Tensor& grad = from[0].toTensor();
-  const Arguments arguments(from + 1);
-  if (!served(arguments) || !fits(grad, arguments)) {
+  const Arguments a(from + 1, from[7].toDouble());
+  const bool several = a.query.dim() == 2;
+  if (!mix_served(a) || !like_sources(grad, a, several) || (several && grad.size(0) != a.queries())) {
     return to_reference("attnres::mix_backward_reference", stack);
   }
-  Tensors grads;
-  switch (arguments.first().scalar_type()) {
-    case at::kFloat:
-      grads = backward<float>(grad, arguments);
-      break;
-    case at::kDouble:
-      grads = backward<double>(grad, arguments);
-      break;
-    case at::kHalf:
-      grads = backward<at::Half>(grad, arguments);
-      break;
-    default:
-      grads = backward<at::BFloat16>(grad, arguments);
+  Tensors grads{grad};
+  if (several) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto each = grad.unbind(0);
+    grads.assign(each.begin(), each.end());
   }
-  c10::List<at::Tensor> list;
-  list.reserve(grads.size());
-  for (at::Tensor& tensor : grads) {
-    list.push_back(std::move(tensor));
+  answer(stack, kMix + 1, by_type(a, [&](auto zero) { return backward<decltype(zero)>(grads, {}, nullptr, a); }));
+}
+
+void phase1(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const Arguments a(stack->data() + stack->size() - kPhase1, 1);
+  if (!served(a) || a.query.dim() != 2) {
+    return to_reference("attnres::mix_phase1_reference", stack);
   }
-  torch::jit::drop(*stack, kMixArguments + 1);
-  stack->emplace_back(std::move(list));
+  answer(stack, kPhase1, by_type(a, [&](auto zero) { return phase1_forward<decltype(zero)>(a); }));
+}
+
+void phase1_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kPhase1 - 1;
+  const std::vector<at::Tensor> given = from[0].toTensorVector();
+  const Arguments a(from + 1, 1);
+  const size_t count = a.queries();
+  const at::ArrayRef<at::Tensor> listed(given);
+  const auto fit = [&] {
+    return given.size() == 2 * count &&
+        std::all_of(given.begin(), given.begin() + count, [&](const at::Tensor& grad) { return like_sources(grad, a); }) &&
+        std::all_of(given.begin() + count, given.end(), [&](const at::Tensor& grad) { return like_statistics(grad, a); });
+  };
+  if (!served(a) || a.query.dim() != 2 || !fit()) {
+    return to_reference("attnres::mix_phase1_backward_reference", stack);
+  }
+  answer(stack, kPhase1 + 1, by_type(a, [&](auto zero) {
+    return backward<decltype(zero)>(listed.slice(0, count), listed.slice(count), nullptr, a);
+  }));
+}
+
+void phase2(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kPhase2;
+  const Known known(from);
+  const Arguments a(from + 2, from[8].toDouble());
+  if (!phase2_served(known, a)) {
+    return to_reference("attnres::mix_phase2_reference", stack);
+  }
+  answer(stack, kPhase2, by_type(a, [&](auto zero) { return phase2_forward<decltype(zero)>(known, a); }));
+}
+
+void phase2_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kPhase2 - 1;
+  const at::Tensor& grad = from[0].toTensor();
+  const Known known(from + 1);
+  const Arguments a(from + 3, from[9].toDouble());
+  if (!phase2_served(known, a) || !like_sources(grad, a)) {
+    return to_reference("attnres::mix_phase2_backward_reference", stack);
+  }
+  answer(stack, kPhase2 + 1, by_type(a, [&](auto zero) { return backward<decltype(zero)>(grad, {}, &known, a); }));
 }
 
 // Whether autograd has anything to do with a value on the stack: a gradient to record, or a tangent to carry.
@@ -114,18 +182,34 @@ void through_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
 
 constexpr char kMixAutograd[] = "attnres::mix_autograd";
 constexpr char kMixBackwardAutograd[] = "attnres::mix_backward_autograd";
+constexpr char kPhase1Autograd[] = "attnres::mix_phase1_autograd";
+constexpr char kPhase1BackwardAutograd[] = "attnres::mix_phase1_backward_autograd";
+constexpr char kPhase2Autograd[] = "attnres::mix_phase2_autograd";
+constexpr char kPhase2BackwardAutograd[] = "attnres::mix_phase2_backward_autograd";
+
+template <const char* Python, int64_t Count>
+torch::CppFunction recording() {
+  return torch::CppFunction::makeFromBoxedFunction<&through_autograd<Python, Count>>();
+}
 
 } // namespace
 } // namespace attnres
 
 TORCH_LIBRARY_IMPL(attnres, AutogradCPU, m) {
   using namespace attnres;
-  m.impl("mix", torch::CppFunction::makeFromBoxedFunction<&through_autograd<kMixAutograd, kMixArguments>>());
-  m.impl("mix_backward",
-         torch::CppFunction::makeFromBoxedFunction<&through_autograd<kMixBackwardAutograd, kMixArguments + 1>>());
+  m.impl("mix", recording<kMixAutograd, kMix>());
+  m.impl("mix_backward", recording<kMixBackwardAutograd, kMix + 1>());
+  m.impl("mix_phase1", recording<kPhase1Autograd, kPhase1>());
+  m.impl("mix_phase1_backward", recording<kPhase1BackwardAutograd, kPhase1 + 1>());
+  m.impl("mix_phase2", recording<kPhase2Autograd, kPhase2>());
+  m.impl("mix_phase2_backward", recording<kPhase2BackwardAutograd, kPhase2 + 1>());
 }
 
 TORCH_LIBRARY_IMPL(attnres, CPU, m) {
   m.impl("mix", torch::CppFunction::makeFromBoxedFunction<&attnres::mix>());
   m.impl("mix_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_backward>());
+  m.impl("mix_phase1", torch::CppFunction::makeFromBoxedFunction<&attnres::phase1>());
+  m.impl("mix_phase1_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::phase1_backward>());
+  m.impl("mix_phase2", torch::CppFunction::makeFromBoxedFunction<&attnres::phase2>());
+  m.impl("mix_phase2_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::phase2_backward>());
 }

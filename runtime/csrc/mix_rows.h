@@ -123,12 +123,21 @@ inline void fetch(const T* next, int64_t column) {
   }
 }
 
+template <typename T>
+inline void fetch_row(const T* next, int64_t width) {
+  for (int64_t column = 0; column < width; column += 2 * Storage<T>::chunk) {
+    fetch(next, column);
+  }
+}
+
 // sums[0] = <row, row>, sums[1 + k] = <row, with[k]>. `next` is the row to fetch meanwhile, or null.
 template <typename T, int Count>
 inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int64_t width, Acc<T>* sums) {
   using S = Storage<T>;
   using Vec = typename S::Vec;
-  Vec acc[2][2][1 + Count];
+  // Few sums need two halves, or each addition waits for the one before; many sums would not fit the registers twice.
+  constexpr int other = Count > 2 ? 0 : 1;
+  Vec acc[1 + other][2][1 + Count];
   for (auto& half : acc) {
     for (auto& part : half) {
       for (auto& value : part) {
@@ -153,7 +162,7 @@ inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int
     S::load(row + column, low, high);
     add(0, column, low, high);
     S::load(row + column + S::chunk, low, high);
-    add(1, column + S::chunk, low, high);
+    add(other, column + S::chunk, low, high);
   }
   if (column + S::chunk <= width) {
     S::load(row + column, low, high);
@@ -162,16 +171,43 @@ inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int
   }
   if (column < width) {
     S::load(row + column, width - column, low, high);
-    add(1, column, low, high);
+    add(other, column, low, high);
   }
   for (int k = 0; k <= Count; ++k) {
-    sums[k] = total((acc[0][0][k] + acc[0][1][k]) + (acc[1][0][k] + acc[1][1][k]));
+    Vec sum = acc[0][0][k] + acc[0][1][k];
+    if constexpr (other == 1) {
+      sum = sum + (acc[1][0][k] + acc[1][1][k]);
+    }
+    sums[k] = total(sum);
+  }
+}
+
+// The same for any number of vectors, several in one reading of the row.
+template <typename T>
+inline void row_sums(
+    const T* row, const T* next, const Acc<T>* const* with, int64_t count, int64_t width, Acc<T>* sums) {
+  int64_t k = 0;
+  const auto some = [&]<int Count>() ATTNRES_INLINE {
+    Acc<T> found[1 + Count];
+    row_sums<T, Count>(row, k == 0 ? next : nullptr, with + k, width, found);
+    sums[0] = found[0];
+    std::copy(found + 1, found + 1 + Count, sums + 1 + k);
+    k += Count;
+  };
+  while (count - k >= 4) {
+    some.template operator()<4>();
+  }
+  if (count - k >= 2) {
+    some.template operator()<2>();
+  }
+  if (count - k == 1) {
+    some.template operator()<1>();
   }
 }
 
 // to = factor * row, padded with zeros.
 template <typename T>
-inline void scaled_row(const T* row, Acc<T> factor, int64_t width, Acc<T>* to) {
+inline void widened_row(const T* row, Acc<T> factor, int64_t width, Acc<T>* to) {
   using S = Storage<T>;
   typename S::Vec low, high;
   const typename S::Vec scale(factor);
@@ -183,29 +219,29 @@ inline void scaled_row(const T* row, Acc<T> factor, int64_t width, Acc<T>* to) {
   }
 }
 
-// Softmax of scale * scores. A NaN among the scores makes every weight NaN, as torch.softmax does.
-template <typename A>
-inline void softmax(const A* scores, A* weights, int64_t count, A scale) {
-  A top = -std::numeric_limits<A>::infinity();
-  for (int64_t i = 0; i < count; ++i) {
-    weights[i] = scores[i] * scale;
-    top = weights[i] > top ? weights[i] : top;
-  }
-  A sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    weights[i] = std::exp(weights[i] - top);
-    sum += weights[i];
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    weights[i] /= sum;
+// to = factor * row, from a padded row.
+template <typename T>
+inline void rounded_row(const Acc<T>* row, Acc<T> factor, int64_t width, T* to) {
+  using S = Storage<T>;
+  using Vec = typename S::Vec;
+  const Vec scale(factor);
+  for (int64_t column = 0; column < width; column += S::chunk) {
+    const Vec low = scale * Vec::loadu(row + column), high = scale * Vec::loadu(row + column + S::width);
+    const int64_t left = width - column;
+    left < S::chunk ? S::store(to + column, left, low, high) : S::store(to + column, low, high);
   }
 }
 
 // The softmax over depth of one query, group by group: sources seen so far weigh exp(logit - top), and `total` together.
+// A NaN among the logits makes every weight NaN, as torch.softmax does.
 template <typename A>
-struct Running {
+class Running {
+ public:
   A top = -std::numeric_limits<A>::infinity();
   A total = 0;
+
+  Running() = default;
+  explicit Running(A lse) : top(lse), total(1) {}
 
   // Turns the logits of a group into weights, and returns what the sum over the earlier groups has to be scaled by.
   A add(A* logits, int64_t count) {
@@ -213,8 +249,8 @@ struct Running {
     for (int64_t i = 0; i < count; ++i) {
       high = logits[i] > high ? logits[i] : high;
     }
-    // As long as all logits are -inf, so is their maximum, and their difference is no number.
-    const A base = high == -std::numeric_limits<A>::infinity() ? A(0) : high;
+    // The difference of two infinities would be no number, and the log-sum-exp with it.
+    const A base = base_of(high);
     const A earlier = std::exp(top - base);
     total *= earlier;
     for (int64_t i = 0; i < count; ++i) {
@@ -224,10 +260,18 @@ struct Running {
     top = high;
     return earlier;
   }
+
+  // The weight of a logit that is not in a group, as a share of the whole.
+  A share(A logit) const { return std::exp(logit - base_of(top)) / total; }
+  A log_sum_exp() const { return base_of(top) + std::log(total); }
+
+ private:
+  static A base_of(A high) { return std::isinf(high) ? A(0) : high; }
 };
 
 // One group's part of a weighted sum of rows. `sum` [padded] is carried from group to group: taken times `earlier` unless
-// this is the first, and kept unless `out` is given, which receives the sum times `scale` (and gain, if there is one).
+// this is the first, and kept unless `out` is given, which receives the sum times `scale` (and gain, if there is one), plus
+// the row `mixed` of phase 1 times its weight, if there is one.
 template <typename T>
 struct Group {
   const T* const* rows;
@@ -239,6 +283,8 @@ struct Group {
   T* out;
   Acc<T> scale;
   const Acc<T>* gain;
+  const T* mixed;
+  Acc<T> mixed_weight;
 };
 
 // The sums are variables of their own, and visited by `each`, so that they stay in registers; an array of them is written
@@ -283,6 +329,13 @@ inline void add_group_at(const Group<T>& g, int64_t column, int64_t left) {
       low = low * Vec::loadu(g.gain + at);
       high = high * Vec::loadu(g.gain + at + S::width);
     }
+    if (g.mixed != nullptr) {
+      const Vec weight(g.mixed_weight);
+      Vec mixed_low, mixed_high;
+      Whole ? S::load(g.mixed + at, mixed_low, mixed_high) : S::load(g.mixed + at, left, mixed_low, mixed_high);
+      low = at::vec::fmadd(weight, mixed_low, low);
+      high = at::vec::fmadd(weight, mixed_high, high);
+    }
     Whole ? S::store(g.out + at, low, high) : S::store(g.out + at, left, low, high);
   });
 }
@@ -299,68 +352,6 @@ inline void add_group(const Group<T>& g, int64_t width) {
   }
   if (column < width) {
     add_group_at<T, 1, false>(g, column, width - column);
-  }
-}
-
-// What the gradients of one position are made of. Per query m (of `queries`) and source i, at [m * count + i]:
-// value[] multiplies value_grad, key[] multiplies the folded query; per source, shrink[] multiplies the row itself.
-template <typename T>
-struct Gradient {
-  int64_t count, queries, width, padded;
-  const Acc<T>* value;
-  const Acc<T>* key;
-  const Acc<T>* shrink;
-  const Acc<T>* keyed;       // [queries, padded]: query * gain
-  const Acc<T>* value_grad;  // [queries, padded]: the gradient of the sum of the values
-  const Acc<T>* row_grad;    // [queries, padded]: the same without the gain; null where the gain has no part in values
-  Acc<T>* keyed_sum;         // [queries, padded], added to: the gradient of keyed
-  Acc<T>* gain_sum;          // [queries, padded], added to: what the values contribute to the gradient of the gain
-};
-
-// One source, one chunk of columns: its gradient, and its part of the sums over sources and positions.
-template <typename T, bool One, bool Gain, bool Whole>
-inline void source_grad_at(const Gradient<T>& g, int64_t i, const T* row, T* out, int64_t column, int64_t left) {
-  using S = Storage<T>;
-  using Vec = typename S::Vec;
-  Vec low, high;
-  Whole ? S::load(row + column, low, high) : S::load(row + column, left, low, high);
-  const Vec shrink(-g.shrink[i]);
-  Vec grad0 = shrink * low, grad1 = shrink * high;
-  const int64_t queries = One ? 1 : g.queries;
-  for (int64_t m = 0; m < queries; ++m) {
-    const int64_t at = m * g.padded + column;
-    const Vec key(g.key[m * g.count + i]), value(g.value[m * g.count + i]);
-    grad0 = at::vec::fmadd(value, Vec::loadu(g.value_grad + at), grad0);
-    grad1 = at::vec::fmadd(value, Vec::loadu(g.value_grad + at + S::width), grad1);
-    grad0 = at::vec::fmadd(key, Vec::loadu(g.keyed + at), grad0);
-    grad1 = at::vec::fmadd(key, Vec::loadu(g.keyed + at + S::width), grad1);
-    at::vec::fmadd(key, low, Vec::loadu(g.keyed_sum + at)).store(g.keyed_sum + at);
-    at::vec::fmadd(key, high, Vec::loadu(g.keyed_sum + at + S::width)).store(g.keyed_sum + at + S::width);
-    if constexpr (Gain) {
-      const Vec pull0 = value * Vec::loadu(g.row_grad + at), pull1 = value * Vec::loadu(g.row_grad + at + S::width);
-      at::vec::fmadd(pull0, low, Vec::loadu(g.gain_sum + at)).store(g.gain_sum + at);
-      at::vec::fmadd(pull1, high, Vec::loadu(g.gain_sum + at + S::width)).store(g.gain_sum + at + S::width);
-    }
-  }
-  Whole ? S::store(out + column, grad0, grad1) : S::store(out + column, left, grad0, grad1);
-}
-
-// All source gradients of one position. Row after row, so that the hardware sees streams; in blocks of columns, so that
-// what all rows share (the gradient, the query, the sums) stays in the first-level cache.
-template <typename T, bool One, bool Gain>
-inline void source_grads(const Gradient<T>& g, const T* const* rows, T* const* outs) {
-  constexpr int64_t chunk = Storage<T>::chunk, block = 1024;
-  for (int64_t begin = 0; begin < g.width; begin += block) {
-    const int64_t end = std::min(begin + block, g.width);
-    for (int64_t i = 0; i < g.count; ++i) {
-      int64_t column = begin;
-      for (; column + chunk <= end; column += chunk) {
-        source_grad_at<T, One, Gain, true>(g, i, rows[i], outs[i], column, 0);
-      }
-      if (column < end) {
-        source_grad_at<T, One, Gain, false>(g, i, rows[i], outs[i], column, end - column);
-      }
-    }
   }
 }
 
