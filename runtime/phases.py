@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
 from .mix import LIBRARY, round_into_new
 
@@ -254,6 +255,43 @@ def _phase2_autograd(
     return made
 
 
+# ------------------------------------------------------------------------------------------------ Triton
+
+
+def _phase1_triton(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
+    options = _read_defaults(*options)
+    check_phase1(sources, query, key_gain, options[0])
+    return triton_kernels.mix_phase1(sources, query, key_gain, *options)
+
+
+def _phase1_backward_triton(
+    grads: list[Tensor], sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    _check_phase1_backward(grads, sources, query, key_gain, *options)
+    return triton_kernels.mix_phase1_backward(grads, sources, query, key_gain, *options)
+
+
+def _phase2_triton(
+    mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> Tensor:
+    options = _merge_defaults(*options)
+    check_phase2(mixed, lse, sources, query, key_gain, options[0])
+    return triton_kernels.mix_phase2(mixed, lse, sources, query, key_gain, *options)
+
+
+def _phase2_backward_triton(
+    grad: Tensor, mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    _check_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
+    return triton_kernels.mix_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
+
+
+def _on_gpu(ours: Any, fallback: Any, first: Tensor | list[Tensor], *rest: Any) -> Any:
+    """Triton where it serves rows of this width: all four operators take rows, or a list that begins with them, first."""
+    serves = triton_kernels.serves(first if isinstance(first, list) else [first])
+    return (ours if serves else fallback)(first, *rest)
+
+
 # ------------------------------------------------------------------------------------------------ registration
 
 
@@ -266,6 +304,14 @@ for _name in ("", "_reference"):
     LIBRARY.impl(f"mix_phase1_backward{_name}", _phase1_backward_reference, "CompositeExplicitAutograd")
     LIBRARY.impl(f"mix_phase2{_name}", _phase2_reference, "CompositeExplicitAutograd")
     LIBRARY.impl(f"mix_phase2_backward{_name}", _phase2_backward_reference, "CompositeExplicitAutograd")
+for _base, _ours, _fallback in (
+    ("mix_phase1", _phase1_triton, _phase1_reference),
+    ("mix_phase1_backward", _phase1_backward_triton, _phase1_backward_reference),
+    ("mix_phase2", _phase2_triton, _phase2_reference),
+    ("mix_phase2_backward", _phase2_backward_triton, _phase2_backward_reference),
+):
+    LIBRARY.impl(f"{_base}_triton", _ours, "CompositeExplicitAutograd")
+    LIBRARY.impl(_base, partial(_on_gpu, _ours, _fallback), "CUDA")
 for _name in VARIANTS:
     LIBRARY.impl(f"mix_phase1{_name}", partial(_phase1_autograd, _name), "Autograd")
     LIBRARY.impl(f"mix_phase2{_name}", partial(_phase2_autograd, _name), "Autograd")

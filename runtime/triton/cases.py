@@ -67,13 +67,19 @@ class Case:
         delta = row if "delta" in self.features else None
         chained = "chained" in self.features
         priors = rows if "priors" in self.features else (None,) * self.count
+        phase1, phase2 = "phase 1" in self.features, "phase 2" in self.features
+        scalars = (wide,) * self.queries if phase1 else None
+        early, early_lse = (row, wide) if phase2 else (None, None)
         values: dict[str, Any] = {
-            "sources": rows, "strides": (stride,) * self.count, "query": wide, "gain": has_gain, "output": row,
+            "sources": rows, "strides": (stride,) * self.count, "query": wide, "gain": has_gain,
+            "outputs": (row,) * self.queries, "lses": scalars,
+            "early": early, "early_stride": stride if phase2 else 0, "early_lse": early_lse,
             "delta": delta, "delta_stride": stride if delta else 0, "partial_out": delta,
             "norm_gain": wide if norm else None, "norm_bias": wide if norm == "layer" else None,
             "state_sums": wide if chained else None, "state_rows": wide if chained else None,
             "FIRST": not chained, "LAST": True, "NORM": norm, "NORM_EPS": 1e-6 if norm else 0.0,
-            "grad": row, "grad_stride": stride, "grad_query_stride": stride, "source_grads": rows, "priors": priors,
+            "grads": (row,) * self.queries, "grad_strides": (stride,) * self.queries, "lse_grads": scalars,
+            "source_grads": rows, "priors": priors, "early_grad": early, "early_lse_grad": early_lse,
             "partial": wide, "norm_partial": wide if norm else None,
             "scales": wide, "scores": wide, "pulls": wide, "first": Typed("i32", False), "total_count": Typed("i32", False),
             "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
@@ -99,7 +105,8 @@ class Case:
             return configs.forward_tile(self.width, self.queries, warp_size)
         if self.kernel is backward.mix_backward:
             norm = not {"rms", "layer"}.isdisjoint(self.features)
-            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, norm)
+            count = self.count + ("phase 2" in self.features)
+            tile = configs.backward_tile(self.width, count, self.queries, warp_size, norm)
             if tile is None:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
@@ -117,6 +124,10 @@ def cases() -> Iterator[Case]:
             yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("chained",))
             for norm in ("rms", "layer"):
                 yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("delta", norm))
+            yield Case("mix_forward", forward.mix_forward, width, 9, queries[1], dtype, features=("phase 1",))
+            for count, normalize in ((1, False), (configs.FORWARD_SOURCES, True)):
+                yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=normalize,
+                           features=("phase 2",))
             yield from _backward_cases(width, dtype)
         yield Case("mix_forward", forward.mix_forward, width, 9, dtype="fp16")
         yield Case("reduce_parameter_grads", backward.reduce_parameter_grads, width, 1, normalize=True)
@@ -128,6 +139,15 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
             held = max((n for n in range(1, 33) if configs.backward_tile(width, n, queries)), default=0)
             if held:
                 yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize)
+                yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize,
+                           features=("phase 1",))
+            if held > 1 and queries == 1:
+                yield Case("mix_backward", backward.mix_backward, width, held - 1, 1, dtype, normalize,
+                           features=("phase 2",))
+            if queries == 1:
+                yield Case("mix_scores", backward.mix_scores, width, 1, 1, dtype, normalize, features=("phase 2",))
+                yield Case("mix_source_grads", backward.mix_source_grads, width, configs.split_sources(width, 1), 1, dtype,
+                           normalize, features=("phase 2",))
             yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize)
             count = configs.split_sources(width, queries)
             yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize)
