@@ -86,7 +86,8 @@ def _check_phase1_backward(
     check_phase1(sources, query, key_gain, eps)
     count = query.shape[0]
     torch._check_value(len(grads) == 2 * count, lambda: f"attnres::mix_phase1: {2 * count} gradients, got {len(grads)}")
-    for name, listed, shape in (("grad", grads[:count], sources[0].shape), ("lse_grad", grads[count:], sources[0].shape[:-1])):
+    rows = sources[0].shape
+    for name, listed, shape in (("grad", grads[:count], rows), ("lse_grad", grads[count:], rows[:-1])):
         for grad in listed:
             reference.check_shape(name, grad, shape, "that of the result")
     return [*sources, query] if key_gain is None else [*sources, query, key_gain]

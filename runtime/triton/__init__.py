@@ -1,4 +1,4 @@
-"""Triton kernels of the mix and of its two phases. Importing this package does not import triton; calling its functions does.
+"""Triton kernels of the mix and its two phases. Importing this package does not import triton; calling its functions does.
 
 Not run on a GPU so far: their values come from Triton's interpreter, their resources from binaries compiled ahead of time.
 """

@@ -49,6 +49,11 @@ class Case:
     features: tuple[str, ...] = field(default=())
 
     @property
+    def phase(self) -> int | None:
+        """Of Algorithm 1; None for the whole mix."""
+        return 1 if "phase 1" in self.features else 2 if "phase 2" in self.features else None
+
+    @property
     def config(self) -> str:
         """The configuration in words."""
         words = [f"d={self.width}", f"sources={self.count}", f"queries={self.queries}", self.dtype]
@@ -67,13 +72,12 @@ class Case:
         delta = row if "delta" in self.features else None
         chained = "chained" in self.features
         priors = rows if "priors" in self.features else (None,) * self.count
-        phase1, phase2 = "phase 1" in self.features, "phase 2" in self.features
-        scalars = (wide,) * self.queries if phase1 else None
-        early, early_lse = (row, wide) if phase2 else (None, None)
+        scalars = (wide,) * self.queries if self.phase == 1 else None
+        early, early_lse = (row, wide) if self.phase == 2 else (None, None)
         values: dict[str, Any] = {
             "sources": rows, "strides": (stride,) * self.count, "query": wide, "gain": has_gain,
             "outputs": (row,) * self.queries, "lses": scalars,
-            "early": early, "early_stride": stride if phase2 else 0, "early_lse": early_lse,
+            "early": early, "early_stride": stride if early else 0, "early_lse": early_lse,
             "delta": delta, "delta_stride": stride if delta else 0, "partial_out": delta,
             "norm_gain": wide if norm else None, "norm_bias": wide if norm == "layer" else None,
             "state_sums": wide if chained else None, "state_rows": wide if chained else None,
@@ -105,8 +109,7 @@ class Case:
             return configs.forward_tile(self.width, self.queries, warp_size)
         if self.kernel is backward.mix_backward:
             norm = not {"rms", "layer"}.isdisjoint(self.features)
-            count = self.count + ("phase 2" in self.features)
-            tile = configs.backward_tile(self.width, count, self.queries, warp_size, norm)
+            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, norm, self.phase)
             if tile is None:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
@@ -136,23 +139,20 @@ def cases() -> Iterator[Case]:
 def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
     for queries in range(1, configs.backward_queries(width) + 1):
         for normalize in (False, True):
-            held = max((n for n in range(1, 33) if configs.backward_tile(width, n, queries)), default=0)
-            if held:
-                yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize)
-                yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize,
-                           features=("phase 1",))
-            if held > 1 and queries == 1:
-                yield Case("mix_backward", backward.mix_backward, width, held - 1, 1, dtype, normalize,
-                           features=("phase 2",))
-            if queries == 1:
-                yield Case("mix_scores", backward.mix_scores, width, 1, 1, dtype, normalize, features=("phase 2",))
-                yield Case("mix_source_grads", backward.mix_source_grads, width, configs.split_sources(width, 1), 1, dtype,
-                           normalize, features=("phase 2",))
-            yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize)
-            count = configs.split_sources(width, queries)
-            yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize)
-            yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
-                       features=("priors",))
+            for phase in (None, 1, 2) if queries == 1 else (None, 1):
+                features = () if phase is None else (f"phase {phase}",)
+                held = max((n for n in range(1, 33) if configs.backward_tile(width, n, queries, phase=phase)), default=0)
+                if held:
+                    yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize,
+                               features=features)
+                if phase == 1:
+                    continue  # its other launches are those of the mix
+                yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize,
+                           features=features)
+                count = configs.split_sources(width, queries, phase)
+                for more in ((), ("priors",)) if phase is None else ((),):
+                    yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
+                               features=features + more)
     held = max((n for n in range(1, 33) if configs.backward_tile(width, n, 1, norm=True)), default=0)
     if held:
         for norm in ("rms", "layer"):

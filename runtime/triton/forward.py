@@ -187,7 +187,7 @@ def mix_forward(
     sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d]; gain [d],
     [M, d] or None.
     outputs: a tuple of M [tokens, d]. lses: None, or a tuple of M [tokens], the log-sum-exp of the logits (phase 1).
-    early [tokens, d] by stride, early_lse [tokens], or None: a mix of earlier sources and their log-sum-exp (phase 2, M = 1).
+    early [tokens, d] by stride, early_lse [tokens], or None: the mix of earlier sources and their log-sum-exp (phase 2).
     delta, partial_out: the last source is read as source + delta, rounded, and stored.
     norm_gain, norm_bias [d] or None: of the consumer's norm, where NORM is "rms" or "layer" ("" for none).
     state_sums [2, M, tokens], state_rows [M, tokens, d] in ACC: maximum, sum and rows, carried from launch to launch where

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attnres_fx.runtime import reference
 
-from .launch import Early, Options, Problem, backward, device_guard, forward, rows_of
+from .launch import backward, forward
+from .problem import Early, Options, Problem, device_guard, rows_of
 
 
 def mix_phase1(
@@ -27,7 +28,7 @@ def mix_phase1(
     mixed = [torch.empty(shape, dtype=reference.result_dtype(sources), device=device) for _ in query]
     lses = [torch.empty(shape[:-1], dtype=statistics, device=device) for _ in query]
     if sources[0].numel():
-        problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, 1.0))
+        problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, 1.0), phase=1)
         with device_guard(query):
             forward(problem, [rows_of(rows) for rows in mixed], lses=[lse.view(-1) for lse in lses])
     return [*mixed, *lses]
@@ -42,7 +43,7 @@ def mix_phase1_backward(
     if not sources[0].numel():
         return [target.zero_() for target in targets]
     row_grads = [rows_of(grad) for grad in grads[: len(query)]]
-    problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, 1.0), row_grads)
+    problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, 1.0), row_grads, phase=1)
     count = len(sources)
     with device_guard(query):
         backward(problem, row_grads, [rows_of(target) for target in targets[:count]], targets[count],
@@ -59,7 +60,7 @@ def mix_phase2(
     output = torch.empty(mixed.shape, dtype=reference.result_dtype([mixed, *sources]), device=mixed.device)
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, output_factor),
-                             early=Early(rows_of(mixed), _scalars_of(lse)))
+                             phase=2, early=Early(rows_of(mixed), _scalars_of(lse)))
         with device_guard(output):
             forward(problem, [rows_of(output)])
     return output
@@ -75,7 +76,7 @@ def mix_phase2_backward(
         return [target.zero_() for target in targets]
     row_grad = rows_of(grad)
     problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, output_factor), [row_grad],
-                         Early(rows_of(mixed), _scalars_of(lse)))
+                         phase=2, early=Early(rows_of(mixed), _scalars_of(lse)))
     mixed_grad, lse_grad, *others = targets
     count = len(sources)
     with device_guard(grad):
