@@ -35,7 +35,8 @@ class Traffic:
 class Mix:
     """One mix: number of sources, width, queries, bytes of a stored element and of an accumulated one.
 
-    ``add``: the last source is formed by the launch, as partial + delta. ``tokens`` decides nothing but ``fixed_bytes``.
+    ``add``: the last source is formed by the launch, as partial + delta. ``phase``: 1 for a mix of the early sources that
+    keeps the log-sum-exp of every query; 2 for one that goes on from it, by ``count`` more sources; None for all at once.
     """
 
     count: int
@@ -44,11 +45,17 @@ class Mix:
     element: int = 2
     accumulate: int = 4
     add: bool = False
+    phase: int | None = None
 
     @property
     def row(self) -> int:
         """Bytes of a stored row."""
         return self.width * self.element
+
+    @property
+    def early(self) -> int:
+        """1 where the row and the log-sum-exp of phase 1 are read, and get gradients; else 0."""
+        return int(self.phase == 2)
 
 
 def _runs(items: int, most: int) -> int:
@@ -56,16 +63,18 @@ def _runs(items: int, most: int) -> int:
 
 
 def forward(mix: Mix) -> Traffic:
-    """Bytes per token of the one-pass forward: every source once for each group of queries, the mixes written once."""
+    """Bytes per token of the forward: every source once for each group of queries, the mixes written once."""
     groups = _runs(mix.queries, configs.forward_queries(mix.width))
     launches = _runs(mix.count, configs.FORWARD_SOURCES)
     state = (launches - 1) * mix.queries * (mix.width + 2) * mix.accumulate
     added = groups if mix.add else 0
-    return Traffic((groups * mix.count + added) * mix.row + state, (mix.queries + added) * mix.row + state)
+    lses = mix.queries * mix.accumulate if mix.phase == 1 else 0
+    return Traffic((groups * mix.count + added + mix.early) * mix.row + mix.early * mix.accumulate + state,
+                   (mix.queries + added) * mix.row + lses + state)
 
 
 def backward(mix: Mix) -> Traffic:
-    """Bytes per token of the one-pass backward: gradients of the sources, and sums for those of the parameters."""
+    """Bytes per token of the backward: gradients of the sources, and sums for those of the parameters."""
     groups = _runs(mix.queries, configs.backward_queries(mix.width))
     total = Traffic(0, 0)
     for group in range(groups):
@@ -80,14 +89,16 @@ def backward(mix: Mix) -> Traffic:
 
 
 def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
-    written = mix.count * grad_row
-    if configs.backward_tile(mix.width, mix.count, queries) is not None:
-        return Traffic((mix.count + queries) * mix.row, written)
+    written = mix.count * grad_row + mix.early * mix.row
+    if configs.backward_tile(mix.width, mix.count, queries, phase=mix.phase) is not None:
+        lses = (queries if mix.phase == 1 else mix.early) * mix.accumulate
+        return Traffic((mix.count + queries + mix.early) * mix.row + lses, written + mix.early * mix.accumulate)
     score_launches = _runs(mix.count, configs.FORWARD_SOURCES)
-    grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries))
-    rows = (2 * mix.count + (score_launches + grad_launches) * queries) * mix.row
-    # The softmax over depth between the launches reads and writes the same scalars a few times more; torch does it.
-    scalars = mix.count * (2 * queries + 1) * mix.accumulate
+    grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries, mix.phase))
+    rows = (2 * mix.count + mix.early + (score_launches + grad_launches) * queries) * mix.row
+    # The softmax over depth between the launches reads and writes the same scalars a few times more, and the log-sum-exp
+    # and its gradient once; torch does it.
+    scalars = (mix.count * (2 * queries + 1) + mix.early) * mix.accumulate
     return Traffic(rows + scalars, written + scalars)
 
 
@@ -117,7 +128,7 @@ def fixed_bytes(mix: Mix, tokens: int) -> dict[str, Traffic]:
     vector = mix.width * mix.accumulate
     launches = _runs(mix.count, configs.FORWARD_SOURCES)
     result = {"forward": Traffic(programs * launches * mix.queries * vector, 0)}
-    held = configs.backward_tile(mix.width, mix.count, mix.queries)
+    held = configs.backward_tile(mix.width, mix.count, mix.queries, phase=mix.phase)
     if held is not None:
         partial = configs.programs(tokens, held) * mix.queries * vector
         result["backward"] = Traffic(partial, partial)

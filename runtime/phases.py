@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
 from .cpu import native
 from .mix import LIBRARY, round_into_new
@@ -259,6 +260,43 @@ def _phase2_autograd(
     return made
 
 
+# ------------------------------------------------------------------------------------------------ Triton
+
+
+def _phase1_triton(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
+    options = _read_defaults(*options)
+    check_phase1(sources, query, key_gain, options[0])
+    return triton_kernels.mix_phase1(sources, query, key_gain, *options)
+
+
+def _phase1_backward_triton(
+    grads: list[Tensor], sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    _check_phase1_backward(grads, sources, query, key_gain, *options)
+    return triton_kernels.mix_phase1_backward(grads, sources, query, key_gain, *options)
+
+
+def _phase2_triton(
+    mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> Tensor:
+    options = _merge_defaults(*options)
+    check_phase2(mixed, lse, sources, query, key_gain, options[0])
+    return triton_kernels.mix_phase2(mixed, lse, sources, query, key_gain, *options)
+
+
+def _phase2_backward_triton(
+    grad: Tensor, mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    _check_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
+    return triton_kernels.mix_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
+
+
+def _on_gpu(ours: Any, fallback: Any, first: Tensor | list[Tensor], *rest: Any) -> Any:
+    """Triton where it serves rows of this width: all four operators take rows, or a list that begins with them, first."""
+    serves = triton_kernels.serves(first if isinstance(first, list) else [first])
+    return (ours if serves else fallback)(first, *rest)
+
+
 # ------------------------------------------------------------------------------------------------ registration
 
 
@@ -301,10 +339,16 @@ def _backward_autograd(base: str, name: str, *arguments: Any) -> list[Tensor]:
     return made
 
 
-for _base, _kernel in (("mix_phase1", _phase1_reference), ("mix_phase1_backward", _phase1_backward_reference),
-                       ("mix_phase2", _phase2_reference), ("mix_phase2_backward", _phase2_backward_reference)):
+for _base, _kernel, _triton in (
+    ("mix_phase1", _phase1_reference, _phase1_triton),
+    ("mix_phase1_backward", _phase1_backward_reference, _phase1_backward_triton),
+    ("mix_phase2", _phase2_reference, _phase2_triton),
+    ("mix_phase2_backward", _phase2_backward_reference, _phase2_backward_triton),
+):
     LIBRARY.impl(_base, partial(_native_or, _kernel, _base), "CompositeExplicitAutograd")
+    LIBRARY.impl(_base, partial(_on_gpu, _triton, _kernel), "CUDA")
     LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_base}_triton", _triton, "CompositeExplicitAutograd")
 # Where a native library answers under the autograd key, it hands on to these what autograd has to record.
 LIBRARY.impl("mix_phase1_autograd", partial(_phase1_autograd, ""), "CompositeImplicitAutograd")
 LIBRARY.impl("mix_phase2_autograd", partial(_phase2_autograd, ""), "CompositeImplicitAutograd")

@@ -1,4 +1,4 @@
-"""Triton kernels of the mix. Importing this package does not import triton; calling its functions does.
+"""Triton kernels of the mix and its two phases. Importing this package does not import triton; calling its functions does.
 
 Not run on a GPU so far: their values come from Triton's interpreter, their resources from binaries compiled ahead of time.
 """
@@ -73,10 +73,52 @@ def mix_backward(
     return _launcher(query).mix_backward(grad, sources, query, key_gain, *options)
 
 
+def mix_phase1(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
+    """``attnres::mix_phase1`` by the Triton kernels, for checked arguments. Raises KernelError where they cannot run."""
+    made: list[Tensor] = _phases(query).mix_phase1(sources, query, key_gain, *options)
+    return made
+
+
+def mix_phase1_backward(
+    grads: list[Tensor], sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    """``attnres::mix_phase1_backward``, likewise."""
+    made: list[Tensor] = _phases(query).mix_phase1_backward(grads, sources, query, key_gain, *options)
+    return made
+
+
+def mix_phase2(
+    mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> Tensor:
+    """``attnres::mix_phase2``, likewise."""
+    made: Tensor = _phases(query).mix_phase2(mixed, lse, sources, query, key_gain, *options)
+    return made
+
+
+def mix_phase2_backward(
+    grad: Tensor, mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+) -> list[Tensor]:
+    """``attnres::mix_phase2_backward``, likewise."""
+    made: list[Tensor] = _phases(query).mix_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
+    return made
+
+
 def _launcher(tensor: Tensor) -> Any:
-    refusal = obstacle(tensor.device.type)
-    if refusal is not None:
-        raise refusal
+    _demand(tensor)
     from . import launch
 
     return launch
+
+
+def _phases(tensor: Tensor) -> Any:
+    _demand(tensor)
+    from . import phases
+
+    return phases
+
+
+def _demand(tensor: Tensor) -> None:
+    """Raise KernelError where the kernels cannot run on the tensor's device."""
+    refusal = obstacle(tensor.device.type)
+    if refusal is not None:
+        raise refusal

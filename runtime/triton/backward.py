@@ -18,6 +18,7 @@ from .forward import (
     inverse_rms,
     load_keyed,
     load_rows,
+    load_scalars,
     load_tile,
     load_vector,
     round_to,
@@ -55,15 +56,20 @@ def store_partial(partial, kind, m, M: tl.constexpr, columns, D: tl.constexpr, t
 
 @triton.jit
 def mix_backward(
-    grad,
-    grad_stride,
-    grad_query_stride,
+    grads,
+    grad_strides,
+    lse_grads,
     sources,
     strides,
     query,
     gain,
+    early,
+    early_stride,
+    early_lse,
     source_grads,
     priors,
+    early_grad,
+    early_lse_grad,
     partial,
     norm_gain,
     norm_partial,
@@ -84,8 +90,10 @@ def mix_backward(
 ):
     """All gradients of a mix; every source row and every row of the incoming gradient is read once.
 
-    grad: rows [M, tokens, d] by strides (in units of ALIGN elements). source_grads: a tuple of [tokens, d], written.
-    priors: a tuple of [tokens, d] or None, added to the gradients of the sources (it may be the same memory).
+    grads: a tuple of M [tokens, d] by strides (in units of ALIGN elements). lse_grads: None, or a tuple of M [tokens],
+    gradients of the log-sum-exp (phase 1). early, early_lse: as in ``mix_forward``; their gradients go to early_grad
+    [tokens, d] and early_lse_grad [tokens]. source_grads: a tuple of [tokens, d], written. priors: a tuple of
+    [tokens, d] or None, added to the gradients of the sources (it may be the same memory).
     partial [programs, 2, M, d] in ACC: sums for the folded query and for normalised values' gain. norm_partial
     [programs, 2, 1, d]: for gain and bias of the consumer's norm, where NORM is "rms" or "layer".
     """
@@ -111,8 +119,10 @@ def mix_backward(
             held += (load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN),)
         raw_grads = ()
         for m in tl.static_range(M):
-            base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
-            raw_grads += (load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN),)
+            raw_grads += (load_rows(grads[m], grad_strides[m], rows, columns, tokens, D, ALIGN),)
+        if early is not None:
+            early_row = load_rows(early, early_stride, rows, columns, tokens, D, ALIGN)
+            early_logit = load_scalars(early_lse, rows, exists, ACC)
 
         scales = ()
         scores = ()
@@ -135,10 +145,16 @@ def mix_backward(
             for i in tl.static_range(1, count):
                 peak = tl.maximum(peak, LOGIT_SCALE * scores[i * M + m], propagate_nan=tl.PropagateNan.ALL)
             total = tl.zeros([BLOCK_T], ACC)
+            if early is not None:
+                peak = tl.maximum(peak, early_logit, propagate_nan=tl.PropagateNan.ALL)
+                early_weight = tl.exp(early_logit - peak)
+                total += early_weight
             powers = ()
             for i in tl.static_range(count):
                 powers += (tl.exp(LOGIT_SCALE * scores[i * M + m] - peak),)
                 total += powers[i]
+            if early is not None:
+                early_weight /= total
             here = ()
             for i in tl.static_range(count):
                 here += (powers[i] / total,)
@@ -152,21 +168,32 @@ def mix_backward(
                 if value_gain:
                     mixed *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
             if NORM != "":
+                if early is not None:
+                    mixed += early_weight[:, None] * widen(early_row, ACC)
                 before, normed = norm_row_grad(row_grad, mixed * OUTPUT_FACTOR, norm_gain, columns, D, NORM, NORM_EPS, ACC)
                 norm_sums = (norm_sums[0] + row_grad * normed, norm_sums[1] + row_grad)
                 row_grad = before
             row_grad *= OUTPUT_FACTOR
+            mean_pull = tl.zeros([BLOCK_T], ACC)
+            if early is not None:
+                early_pull = tl.sum(row_grad * widen(early_row, ACC), 1)
+                mean_pull += early_weight * early_pull
+                store_tile(early_grad + places, early_weight[:, None] * row_grad, rows, columns, tokens, D)
             if value_gain:
                 value_sums += (old_value_sums[m] + row_grad * ungained,)
                 row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
             value_grads += (row_grad,)
 
-            mean_pull = tl.zeros([BLOCK_T], ACC)
             own_pulls = ()
             for i in tl.static_range(count):
                 pull = tl.sum(row_grad * widen(held[i], ACC), 1)
                 own_pulls += (pull * scales[i] if NORMALIZE else pull,)
                 mean_pull += here[i] * own_pulls[i]
+            if early is not None:
+                early_logit_grad = round_to(early_weight * (early_pull - mean_pull), early_lse_grad.dtype.element_ty)
+                tl.store(early_lse_grad + rows, early_logit_grad, mask=exists)
+            if lse_grads is not None:
+                mean_pull -= load_scalars(lse_grads[m], rows, exists, ACC)
             for i in tl.static_range(count):
                 score_grads += (LOGIT_SCALE * here[i] * (own_pulls[i] - mean_pull),)
             weights += here
@@ -204,13 +231,14 @@ def mix_backward(
 
 @triton.jit
 def mix_scores(
-    grad,
-    grad_stride,
-    grad_query_stride,
+    grads,
+    grad_strides,
     sources,
     strides,
     query,
     gain,
+    early,
+    early_stride,
     scales,
     scores,
     pulls,
@@ -231,6 +259,7 @@ def mix_scores(
     """Scalars of some of the sources, ``first`` and on, of ``total_count``.
 
     scales [total_count, tokens]: inverse root mean squares. scores, pulls [M, total_count, tokens]. All in ACC.
+    With early, whose pull is the last of the pulls, M is 1.
     """
     count: tl.constexpr = len(sources)
     rows, columns = tile_of(tl.program_id(0), BLOCK_D, BLOCK_T)
@@ -239,8 +268,11 @@ def mix_scores(
     value_grads = ()
     for m in tl.static_range(M):
         keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
-        base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
-        row_grad = widen(load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN), ACC) * OUTPUT_FACTOR
+        row_grad = widen(load_rows(grads[m], grad_strides[m], rows, columns, tokens, D, ALIGN), ACC) * OUTPUT_FACTOR
+        if early is not None:
+            early_row = widen(load_rows(early, early_stride, rows, columns, tokens, D, ALIGN), ACC)
+            place = (total_count - 1) * tl.cast(tokens, tl.int64) + rows
+            tl.store(pulls + place, tl.sum(early_row * row_grad, 1), mask=exists)
         if NORMALIZE and gain is not None:
             row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
         value_grads += (row_grad,)
@@ -257,15 +289,15 @@ def mix_scores(
 
 @triton.jit
 def mix_source_grads(
-    grad,
-    grad_stride,
-    grad_query_stride,
+    grads,
+    grad_strides,
     sources,
     strides,
     query,
     gain,
     source_grads,
     priors,
+    early_grad,
     partial,
     value_coefficients,
     key_coefficients,
@@ -286,7 +318,7 @@ def mix_source_grads(
     """Gradients of some of the sources from their scalars, and their part of the parameters' gradients.
 
     value_coefficients, key_coefficients [M, total_count, tokens]; shrinks [total_count, tokens]; in ACC. The others as in
-    ``mix_backward``.
+    ``mix_backward``. With early_grad, whose coefficient is the last, M is 1.
     """
     count: tl.constexpr = len(sources)
     value_gain: tl.constexpr = NORMALIZE and gain is not None
@@ -305,8 +337,7 @@ def mix_source_grads(
         places = rows[:, None] * D + columns[None, :]
         raw_grads = ()
         for m in tl.static_range(M):
-            base = grad + m * tl.cast(grad_query_stride, tl.int64) * ALIGN
-            raw_grads += (widen(load_rows(base, grad_stride, rows, columns, tokens, D, ALIGN), ACC) * OUTPUT_FACTOR,)
+            raw_grads += (widen(load_rows(grads[m], grad_strides[m], rows, columns, tokens, D, ALIGN), ACC) * OUTPUT_FACTOR,)
         for i in tl.static_range(count):
             wide = widen(load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN), ACC)
             shrink = tl.load(shrinks + (first + i) * tl.cast(tokens, tl.int64) + rows, mask=exists, other=0.0)
@@ -327,6 +358,10 @@ def mix_source_grads(
                 source_grad += value * row_grad + key * keyed[m][None, :]
                 keyed_sums += (old_keyed_sums[m] + key * wide,)
             store_tile(source_grads[i] + places, source_grad, rows, columns, tokens, D)
+        if early_grad is not None:
+            place = (total_count - 1) * tl.cast(tokens, tl.int64)
+            weight = load_scalars(value_coefficients + place, rows, exists, ACC)
+            store_tile(early_grad + places, weight[:, None] * raw_grads[0], rows, columns, tokens, D)
     for m in tl.static_range(M):
         store_partial(partial, 0, m, M, columns, D, keyed_sums[m])
         if value_gain:

@@ -49,6 +49,11 @@ class Case:
     features: tuple[str, ...] = field(default=())
 
     @property
+    def phase(self) -> int | None:
+        """Of Algorithm 1; None for the whole mix."""
+        return 1 if "phase 1" in self.features else 2 if "phase 2" in self.features else None
+
+    @property
     def config(self) -> str:
         """The configuration in words."""
         words = [f"d={self.width}", f"sources={self.count}", f"queries={self.queries}", self.dtype]
@@ -67,13 +72,18 @@ class Case:
         delta = row if "delta" in self.features else None
         chained = "chained" in self.features
         priors = rows if "priors" in self.features else (None,) * self.count
+        scalars = (wide,) * self.queries if self.phase == 1 else None
+        early, early_lse = (row, wide) if self.phase == 2 else (None, None)
         values: dict[str, Any] = {
-            "sources": rows, "strides": (stride,) * self.count, "query": wide, "gain": has_gain, "output": row,
+            "sources": rows, "strides": (stride,) * self.count, "query": wide, "gain": has_gain,
+            "outputs": (row,) * self.queries, "lses": scalars,
+            "early": early, "early_stride": stride if early else 0, "early_lse": early_lse,
             "delta": delta, "delta_stride": stride if delta else 0, "partial_out": delta,
             "norm_gain": wide if norm else None, "norm_bias": wide if norm == "layer" else None,
             "state_sums": wide if chained else None, "state_rows": wide if chained else None,
             "FIRST": not chained, "LAST": True, "NORM": norm, "NORM_EPS": 1e-6 if norm else 0.0,
-            "grad": row, "grad_stride": stride, "grad_query_stride": stride, "source_grads": rows, "priors": priors,
+            "grads": (row,) * self.queries, "grad_strides": (stride,) * self.queries, "lse_grads": scalars,
+            "source_grads": rows, "priors": priors, "early_grad": early, "early_lse_grad": early_lse,
             "partial": wide, "norm_partial": wide if norm else None,
             "scales": wide, "scores": wide, "pulls": wide, "first": Typed("i32", False), "total_count": Typed("i32", False),
             "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
@@ -99,7 +109,7 @@ class Case:
             return configs.forward_tile(self.width, self.queries, warp_size)
         if self.kernel is backward.mix_backward:
             norm = not {"rms", "layer"}.isdisjoint(self.features)
-            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, norm)
+            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, norm, self.phase)
             if tile is None:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
@@ -117,6 +127,10 @@ def cases() -> Iterator[Case]:
             yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("chained",))
             for norm in ("rms", "layer"):
                 yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("delta", norm))
+            yield Case("mix_forward", forward.mix_forward, width, 9, queries[1], dtype, features=("phase 1",))
+            for count, normalize in ((1, False), (configs.FORWARD_SOURCES, True)):
+                yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=normalize,
+                           features=("phase 2",))
             yield from _backward_cases(width, dtype)
         yield Case("mix_forward", forward.mix_forward, width, 9, dtype="fp16")
         yield Case("reduce_parameter_grads", backward.reduce_parameter_grads, width, 1, normalize=True)
@@ -125,14 +139,20 @@ def cases() -> Iterator[Case]:
 def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
     for queries in range(1, configs.backward_queries(width) + 1):
         for normalize in (False, True):
-            held = max((n for n in range(1, 33) if configs.backward_tile(width, n, queries)), default=0)
-            if held:
-                yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize)
-            yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize)
-            count = configs.split_sources(width, queries)
-            yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize)
-            yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
-                       features=("priors",))
+            for phase in (None, 1, 2) if queries == 1 else (None, 1):
+                features = () if phase is None else (f"phase {phase}",)
+                held = max((n for n in range(1, 33) if configs.backward_tile(width, n, queries, phase=phase)), default=0)
+                if held:
+                    yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize,
+                               features=features)
+                if phase == 1:
+                    continue  # its other launches are those of the mix
+                yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize,
+                           features=features)
+                count = configs.split_sources(width, queries, phase)
+                for more in ((), ("priors",)) if phase is None else ((),):
+                    yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
+                               features=features + more)
     held = max((n for n in range(1, 33) if configs.backward_tile(width, n, 1, norm=True)), default=0)
     if held:
         for norm in ("rms", "layer"):

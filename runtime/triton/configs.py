@@ -59,11 +59,16 @@ def backward_queries(width: int) -> int:
     return 2 if width <= 2048 else 1
 
 
-def backward_tile(width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False) -> Tile | None:
+def backward_tile(
+    width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False, phase: int | None = None
+) -> Tile | None:
     """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
 
     A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
+    Phase 2 holds what phase 1 left as one row more; phase 1 itself takes a scalar more, which 16 warps have no room for.
     """
+    if phase == 2 or (phase == 1 and width > 2048):
+        count += 1
     if norm:
         fits = 0 if width > 2048 else 4 if width > 512 else 3
     else:
@@ -76,9 +81,9 @@ def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     return tile(width, 16 if width > 512 and queries == 1 and width != 4096 else 8, warp_size)
 
 
-def split_sources(width: int, queries: int) -> int:
+def split_sources(width: int, queries: int, phase: int | None = None) -> int:
     """How many sources one launch of ``mix_source_grads`` takes; each launch reads the incoming gradient again."""
-    return 4 if width <= 4096 and queries == 1 else 2
+    return 4 if width <= 4096 and queries == 1 and phase != 2 else 2
 
 
 def programs(tokens: int, tile: Tile) -> int:

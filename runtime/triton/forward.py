@@ -63,6 +63,12 @@ def load_rows(base, stride, rows, columns, tokens, D: tl.constexpr, ALIGN: tl.co
 
 
 @triton.jit
+def load_scalars(base, rows, exists, ACC: tl.constexpr):
+    """One number a row, contiguous, widened; zero where there is no row."""
+    return widen(tl.load(base + rows, mask=exists, other=0.0), ACC)
+
+
+@triton.jit
 def load_vector(base, m, columns, D: tl.constexpr, ACC: tl.constexpr):
     """Row m of a contiguous [M, d] parameter, widened; zero beyond d."""
     return widen(tl.load(base + m * D + columns, mask=columns < D, other=0.0), ACC)
@@ -146,7 +152,11 @@ def mix_forward(
     strides,
     query,
     gain,
-    output,
+    outputs,
+    lses,
+    early,
+    early_stride,
+    early_lse,
     delta,
     delta_stride,
     partial_out,
@@ -176,10 +186,12 @@ def mix_forward(
 
     sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d]; gain [d],
     [M, d] or None.
-    output [M, tokens, d]. delta, partial_out: the last source is read as source + delta, rounded, and stored.
+    outputs: a tuple of M [tokens, d]. lses: None, or a tuple of M [tokens], the log-sum-exp of the logits (phase 1).
+    early [tokens, d] by stride, early_lse [tokens], or None: the mix of earlier sources and their log-sum-exp (phase 2).
+    delta, partial_out: the last source is read as source + delta, rounded, and stored.
     norm_gain, norm_bias [d] or None: of the consumer's norm, where NORM is "rms" or "layer" ("" for none).
     state_sums [2, M, tokens], state_rows [M, tokens, d] in ACC: maximum, sum and rows, carried from launch to launch where
-    there are more sources than one launch takes: read unless FIRST, written (instead of output) unless LAST. GROUP sources
+    there are more sources than one launch takes: read unless FIRST, written (instead of outputs) unless LAST. GROUP sources
     are loaded at once.
     """
     count: tl.constexpr = len(sources)
@@ -188,6 +200,9 @@ def mix_forward(
     places = rows[:, None] * D + columns[None, :]
     size = tl.cast(tokens, tl.int64)
 
+    if early is not None:
+        early_row = load_rows(early, early_stride, rows, columns, tokens, D, ALIGN)
+        early_logit = load_scalars(early_lse, rows, exists, ACC)
     keyed = ()
     peaks = ()
     totals = ()
@@ -219,12 +234,23 @@ def mix_forward(
 
     for m in tl.static_range(M):
         if LAST:
-            mixed = sums[m] * (OUTPUT_FACTOR / totals[m])[:, None]
+            mixed = sums[m]
+            total = totals[m]
             if NORMALIZE and gain is not None:
                 mixed *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
+            if early is not None:
+                # One more source, after the gain, which its value carries already.
+                peak = tl.maximum(peaks[m], early_logit, propagate_nan=tl.PropagateNan.ALL)
+                kept = tl.exp(peaks[m] - peak)
+                power = tl.exp(early_logit - peak)
+                total = total * kept + power
+                mixed = mixed * kept[:, None] + power[:, None] * widen(early_row, ACC)
+            mixed *= (OUTPUT_FACTOR / total)[:, None]
             if NORM != "":
                 mixed = norm_row(mixed, norm_gain, norm_bias, columns, D, NORM, NORM_EPS, ACC)
-            store_tile(output + m * size * D + places, mixed, rows, columns, tokens, D)
+            store_tile(outputs[m] + places, mixed, rows, columns, tokens, D)
+            if lses is not None:
+                tl.store(lses[m] + rows, peaks[m] + tl.log(total), mask=exists)
         else:
             tl.store(state_sums + m * size + rows, peaks[m], mask=exists)
             tl.store(state_sums + (M + m) * size + rows, totals[m], mask=exists)

@@ -6,148 +6,21 @@ Not run on a GPU so far.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from attnres_fx.runtime import reference
-from attnres_fx.runtime.errors import KernelError
 
 from . import backward as kernels
 from . import configs
 from .forward import mix_forward as forward_kernel
+from .problem import ACCUMULATE, Early, Norm, Options, Problem, chunks, device_guard, rows_of, warp_size
 
-_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a mix, as :func:`attnres_fx.runtime.mix.mix` takes them."""
-
-    eps: float
-    logit_scale: float
-    normalize_values: bool
-    output_factor: float
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """[..., d] as [tokens, d] with unit stride along d: a view where strides allow it, else a copy."""
-    width = tensor.shape[-1]
-    flat = tensor.reshape(-1, width)
-    return flat if width == 1 or flat.stride(-1) == 1 else flat.contiguous()
-
-
-def alignment(width: int, strides: Sequence[int]) -> int:
-    """The largest power of two, at most 16, that divides the width and every stride (in elements)."""
-    return math.gcd(16, width, *strides)
-
-
-def warp_size(device: torch.device) -> int:
-    """Threads that run in step: 64 on AMD's CDNA, 32 on NVIDIA's and in the interpreter."""
-    return 64 if device.type == "cuda" and torch.version.hip is not None else 32
-
-
-def row_stride(rows: Tensor) -> int:
-    """A single row may carry any stride; zero compiles nothing anew."""
-    return rows.stride(0) if rows.shape[0] > 1 else 0
-
-
-def accumulator(sources: Sequence[Tensor]) -> torch.dtype:
-    """float32, or float64 as soon as one source is."""
-    return reference.statistics_dtype(sources)
-
-
-def chunks(count: int, most: int) -> list[slice]:
-    """``count`` items in the fewest runs of at most ``most``, of nearly equal length."""
-    runs = math.ceil(count / most)
-    bounds = [count * run // runs for run in range(runs + 1)]
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The consumer's norm that a mix of one query is handed on through: kind "rms" or "layer", gain and bias [d] or None."""
-
-    kind: str
-    gain: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The tensors of one mix in the form the kernels take.
-
-    sources [tokens, d] by strides; query [M, d] and gain [d], [M, d] or None, contiguous, in their own dtypes.
-    """
-
-    sources: list[Tensor]
-    query: Tensor
-    gain: Tensor | None
-    options: Options
-    align: int
-
-    @staticmethod
-    def of(
-        sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, options: Options,
-        other_strides: Sequence[int] = (),
-    ) -> Problem:
-        """``other_strides`` are those of further tensors that the kernels load by stride."""
-        rows = [rows_of(source) for source in sources]
-        width = rows[0].shape[-1]
-        if width > configs.MAX_WIDTH:
-            raise KernelError(
-                f"the Triton kernels take rows of at most {configs.MAX_WIDTH} elements, got {width}",
-                remedy="compile with options={'kernels': 'reference'}")
-        align = alignment(width, [*(row_stride(row) for row in rows), *other_strides])
-        return Problem(rows, query.reshape(-1, width).contiguous(),
-                       None if key_gain is None else key_gain.contiguous(), options, align)
-
-    @property
-    def tokens(self) -> int:
-        return self.sources[0].shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.sources[0].shape[1]
-
-    @property
-    def accumulate(self) -> torch.dtype:
-        return accumulator(self.sources)
-
-    @property
-    def value_gain(self) -> bool:
-        return self.options.normalize_values and self.gain is not None
-
-    def stride(self, rows: Tensor) -> int:
-        """The distance of rows in the unit of the kernels."""
-        return row_stride(rows) // self.align
-
-    def strides(self, part: slice) -> tuple[int, ...]:
-        return tuple(self.stride(row) for row in self.sources[part])
-
-    def of_queries(self, part: slice) -> Problem:
-        """The same mix for some of its queries."""
-        gain = self.gain[part] if self.gain is not None and self.gain.ndim == 2 else self.gain
-        return Problem(self.sources, self.query[part], gain, self.options, self.align)
-
-    def constants(self, tile: configs.Tile) -> dict[str, Any]:
-        """The compile-time arguments that all kernels over rows share."""
-        return {
-            "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t, "M": len(self.query), "ALIGN": self.align,
-            "GAIN_PER_QUERY": self.gain is not None and self.gain.ndim == 2,
-            "OUTPUT_FACTOR": self.options.output_factor, "NORMALIZE": self.options.normalize_values,
-            "ACC": _ACCUMULATE[self.accumulate], "num_warps": tile.warps}
-
-    def empty(self, *shape: int) -> Tensor:
-        """An uninitialised buffer in the dtype of the statistics."""
-        return torch.empty(shape, dtype=self.accumulate, device=self.query.device)
+Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
 
 
 def mix(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
@@ -158,36 +31,34 @@ def mix(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *opti
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(*options))
         with device_guard(output):
-            forward(problem, output.view(len(problem.query), problem.tokens, problem.width))
+            forward(problem, output.view(len(problem.query), problem.tokens, problem.width).unbind(0))
     return output
-
-
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def forward(
     problem: Problem,
-    output: Tensor,
+    outputs: Sequence[Tensor],
     *,
+    lses: Sequence[Tensor] | None = None,
     delta: Tensor | None = None,
     partial_out: Tensor | None = None,
     norm: Norm | None = None,
 ) -> None:
-    """Write the mix to output [M, tokens, d].
+    """Write the mixes to outputs, M of [tokens, d], and the log-sum-exp of their logits to lses, M of [tokens].
 
     With delta [tokens, d] the last source is taken as source + delta and stored to partial_out [tokens, d].
     """
     for part in chunks(len(problem.query), configs.forward_queries(problem.width)):
-        _forward_group(problem.of_queries(part), output[part], delta, partial_out, norm)
+        own_lses = None if lses is None else tuple(lses[part])
+        _forward_group(problem.of_queries(part), tuple(outputs[part]), own_lses, delta, partial_out, norm)
 
 
 def _forward_group(
-    problem: Problem, output: Tensor, delta: Tensor | None, partial_out: Tensor | None, norm: Norm | None
+    problem: Problem, outputs: tuple[Tensor, ...], lses: tuple[Tensor, ...] | None, delta: Tensor | None,
+    partial_out: Tensor | None, norm: Norm | None,
 ) -> None:
     queries, tokens = len(problem.query), problem.tokens
-    tile = configs.forward_tile(problem.width, queries, warp_size(output.device))
+    tile = configs.forward_tile(problem.width, queries, warp_size(problem.query.device))
     parts = chunks(len(problem.sources), configs.FORWARD_SOURCES)
     state_sums, state_rows = None, None
     if len(parts) > 1:
@@ -197,7 +68,8 @@ def _forward_group(
         first, last = part is parts[0], part is parts[-1]
         own_norm = norm if last else None
         forward_kernel[(math.ceil(tokens / tile.block_t),)](
-            tuple(problem.sources[part]), problem.strides(part), problem.query, problem.gain, output,
+            tuple(problem.sources[part]), problem.strides(problem.sources[part]), problem.query, problem.gain, outputs,
+            lses if last else None, *problem.early_arguments(last),
             delta if last else None, problem.stride(delta) if last and delta is not None else 0,
             partial_out if last else None,
             own_norm.gain if own_norm else None, own_norm.bias if own_norm else None,
@@ -219,40 +91,42 @@ def mix_backward(
         wide = reference.mix_backward(grad, sources, query, key_gain, *options)
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(w) for w, t in zip(wide, targets, strict=True)]
     grads = [torch.empty(target.shape, dtype=target.dtype, device=target.device) for target in targets]
-    row_grad = grad.reshape(len(query) if query.ndim == 2 else 1, -1, grad.shape[-1])
-    row_grad = row_grad if row_grad.stride(-1) == 1 else row_grad.contiguous()
-    problem = Problem.of(sources, query, key_gain, Options(*options), row_grad.stride()[:2])
+    row_grads = [rows_of(own) for own in (grad if query.ndim == 2 else grad.unsqueeze(0)).unbind(0)]
+    problem = Problem.of(sources, query, key_gain, Options(*options), row_grads)
     count = len(sources)
     with device_guard(query):
-        backward(problem, row_grad, [g.view(problem.tokens, problem.width) for g in grads[:count]],
-                 grads[count].view(problem.query.shape), grads[count + 1] if key_gain is not None else None)
+        backward(problem, row_grads, [rows_of(g) for g in grads[:count]], grads[count].view(problem.query.shape),
+                 grads[count + 1] if key_gain is not None else None)
     return grads
 
 
 def backward(
     problem: Problem,
-    grad: Tensor,
+    grads: Sequence[Tensor],
     source_grads: Sequence[Tensor],
     query_grad: Tensor,
     gain_grad: Tensor | None,
     *,
+    lse_grads: Sequence[Tensor] | None = None,
+    early_grads: Early | None = None,
     priors: Sequence[Tensor | None] | None = None,
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Write the gradients of a mix.
 
-    grad [M, tokens, d] with unit stride along d. source_grads: [tokens, d] each; priors are added to them, each None or
-    [tokens, d] (it may be the gradient's own memory: accumulation). query_grad [M, d]; gain_grad as the gain.
-    With norm, grad is that of the normalised mix (of one query; the mix is computed again), and the gradients of the
+    grads: M of [tokens, d] with unit stride along d; lse_grads: M of [tokens], of the log-sum-exp that the forward gave.
+    source_grads: [tokens, d] each; priors are added to them, each None or [tokens, d] (it may be the gradient's own
+    memory: accumulation). query_grad [M, d]; gain_grad as the gain. early_grads: those of the problem's early mix.
+    With norm, grads is that of the normalised mix (of one query; the mix is computed again), and the gradients of the
     norm's gain and bias are returned, [d] each in the dtype of the statistics.
     Raises: ValueError for a norm of several queries.
     """
     if norm is not None and len(problem.query) > 1:
         raise ValueError(f"the norm of a mix is that of one query, got {len(problem.query)} queries")
     norm_grads = None
-    count, warp = len(problem.sources), warp_size(grad.device)
-    if norm is not None and configs.backward_tile(problem.width, count, 1, warp, norm=True) is None:
-        grad, norm_grads = _before_norm(problem, grad, norm)
+    if norm is not None and problem.backward_tile(norm) is None:
+        grad, norm_grads = _before_norm(problem, grads[0], norm)
+        grads = [grad]
         norm = None
     groups = chunks(len(problem.query), configs.backward_queries(problem.width))
     priors = [None] * len(source_grads) if priors is None else list(priors)
@@ -261,7 +135,8 @@ def backward(
     gain_parts = []
     for group in groups:
         own = problem.of_queries(group)
-        partial, own_norm_grads = _backward_group(own, grad[group], wide, priors, norm)
+        incoming = tuple(grads[group]), None if lse_grads is None else tuple(lse_grads[group])
+        partial, own_norm_grads = _backward_group(own, incoming, wide, priors, early_grads, norm)
         norm_grads = norm_grads or own_norm_grads
         if gain_grad is None:
             own_gain_grad = None
@@ -282,8 +157,8 @@ def backward(
 
 def _before_norm(problem: Problem, grad: Tensor, norm: Norm) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The gradient of the mix from that of its norm, and those of the norm's gain and bias, by torch operations."""
-    mixed = problem.empty(1, problem.tokens, problem.width)
-    forward(problem, mixed)
+    mixed = problem.empty(problem.tokens, problem.width)
+    forward(problem, [mixed])
     if norm.kind == "layer":
         mixed = mixed - mixed.mean(-1, keepdim=True)
     scale = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + norm.eps)
@@ -293,27 +168,30 @@ def _before_norm(problem: Problem, grad: Tensor, norm: Norm) -> tuple[Tensor, tu
     before = own - normed * (own * normed).mean(-1, keepdim=True)
     if norm.kind == "layer":
         before = before - own.mean(-1, keepdim=True)
-    return before * scale, ((wide * normed).sum((0, 1)), wide.sum((0, 1)))
+    return before * scale, ((wide * normed).sum(0), wide.sum(0))
 
 
 def _backward_group(
-    problem: Problem, grad: Tensor, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None], norm: Norm | None
+    problem: Problem, incoming: Incoming, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None],
+    early_grads: Early | None, norm: Norm | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Write the gradients of the sources; return the partial rows [programs, 2, M, d] of the parameters' gradients, and
     the gradients of the norm's parameters.
     """
-    count, tokens = len(problem.sources), problem.tokens
-    tile = configs.backward_tile(problem.width, count, len(problem.query), warp_size(grad.device), norm is not None)
+    grads, lse_grads = incoming
+    tile = problem.backward_tile(norm)
     if tile is None:
-        return _backward_split(problem, grad, source_grads, priors), None
-    programs = configs.programs(tokens, tile)
+        return _backward_split(problem, incoming, source_grads, priors, early_grads), None
+    programs = configs.programs(problem.tokens, tile)
     partial = problem.empty(programs, 2, len(problem.query), problem.width)
     norm_partial = problem.empty(programs, 2, problem.width) if norm is not None else None
     kernels.mix_backward[(programs,)](
-        grad, *_grad_strides(problem, grad), tuple(problem.sources), problem.strides(slice(None)), problem.query,
-        problem.gain, tuple(source_grads), tuple(priors), partial,
-        norm.gain if norm is not None else None, norm_partial, tokens, **problem.constants(tile), EPS=problem.options.eps,
-        LOGIT_SCALE=problem.options.logit_scale, NORM=norm.kind if norm else "", NORM_EPS=norm.eps if norm else 0.0)
+        grads, problem.strides(grads), lse_grads, tuple(problem.sources), problem.strides(problem.sources), problem.query,
+        problem.gain, *problem.early_arguments(), tuple(source_grads), tuple(priors),
+        early_grads.mixed if early_grads else None, early_grads.lse if early_grads else None, partial,
+        norm.gain if norm is not None else None, norm_partial, problem.tokens, **problem.constants(tile),
+        EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale, NORM=norm.kind if norm else "",
+        NORM_EPS=norm.eps if norm else 0.0)
     if norm_partial is None:
         return partial, None
     gain_grad, bias_grad = norm_partial.sum(0).unbind(0)
@@ -321,21 +199,39 @@ def _backward_group(
 
 
 def _backward_split(
-    problem: Problem, grad: Tensor, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None]
+    problem: Problem, incoming: Incoming, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None],
+    early_grads: Early | None,
 ) -> Tensor:
-    """The same where the rows of a token do not fit into registers: two sweeps over the sources, any number of them."""
+    """The same where the rows of a token do not fit into registers: two sweeps over the sources, any number of them.
+
+    An early mix is read by the first launch of each sweep. It is the last entry of the scalars: of scale one, no score.
+    """
+    grads, lse_grads = incoming
     count, queries, tokens, options = len(problem.sources), len(problem.query), problem.tokens, problem.options
-    tile = configs.split_tile(problem.width, queries, warp_size(grad.device))
-    scales = problem.empty(count, tokens)
-    scores, pulls = problem.empty(queries, count, tokens), problem.empty(queries, count, tokens)
-    grad_strides = _grad_strides(problem, grad)
+    tile = configs.split_tile(problem.width, queries, warp_size(problem.query.device))
+    entries = count if problem.early is None else count + 1
+    scales = problem.empty(entries, tokens)
+    scores, pulls = problem.empty(queries, entries, tokens), problem.empty(queries, entries, tokens)
     for part in chunks(count, configs.FORWARD_SOURCES):
         kernels.mix_scores[(math.ceil(tokens / tile.block_t),)](
-            grad, *grad_strides, tuple(problem.sources[part]), problem.strides(part), problem.query, problem.gain,
-            scales, scores, pulls, part.start, count, tokens, **problem.constants(tile), EPS=options.eps)
+            grads, problem.strides(grads), tuple(problem.sources[part]), problem.strides(problem.sources[part]),
+            problem.query, problem.gain, *problem.early_arguments(part.start == 0)[:2], scales, scores, pulls, part.start,
+            entries, tokens, **problem.constants(tile), EPS=options.eps)
+    if problem.early is not None:
+        scales[count] = 1
+        scores[:, count] = 0
 
-    weights = torch.softmax(scores * options.logit_scale, dim=1)
-    score_grads = options.logit_scale * weights * (pulls - (weights * pulls).sum(1, keepdim=True))
+    logits = scores * options.logit_scale
+    if problem.early is not None:
+        logits[:, count] = problem.early.lse
+    weights = torch.softmax(logits, dim=1)
+    mean_pulls = (weights * pulls).sum(1, keepdim=True)
+    if lse_grads is not None:
+        mean_pulls -= torch.stack(lse_grads).unsqueeze(1)
+    logit_grads = weights * (pulls - mean_pulls)
+    if early_grads is not None:
+        early_grads.lse.copy_(logit_grads[0, count])
+    score_grads = options.logit_scale * logit_grads
     shrinks = score_grads * scores
     values = weights
     if options.normalize_values:
@@ -345,18 +241,16 @@ def _backward_split(
     keys = score_grads * scales
 
     programs = configs.programs(tokens, tile)
-    parts = chunks(count, configs.split_sources(problem.width, queries))
+    parts = chunks(count, configs.split_sources(problem.width, queries, problem.phase))
     partial = problem.empty(len(parts) * programs, 2, queries, problem.width)
     for index, part in enumerate(parts):
         kernels.mix_source_grads[(programs,)](
-            grad, *grad_strides, tuple(problem.sources[part]), problem.strides(part), problem.query, problem.gain,
-            tuple(source_grads[part]), tuple(priors[part]), partial[index * programs : (index + 1) * programs],
-            values, keys, shrinks, part.start, count, tokens, **problem.constants(tile))
+            grads, problem.strides(grads), tuple(problem.sources[part]), problem.strides(problem.sources[part]),
+            problem.query, problem.gain, tuple(source_grads[part]), tuple(priors[part]),
+            early_grads.mixed if early_grads and index == 0 else None,
+            partial[index * programs : (index + 1) * programs], values, keys, shrinks, part.start, entries, tokens,
+            **problem.constants(tile))
     return partial
-
-
-def _grad_strides(problem: Problem, grad: Tensor) -> tuple[int, int]:
-    return grad.stride(1) // problem.align, grad.stride(0) // problem.align
 
 
 def _reduce(problem: Problem, partial: Tensor, query_grad: Tensor, gain_grad: Tensor | None) -> None:
@@ -366,4 +260,4 @@ def _reduce(problem: Problem, partial: Tensor, query_grad: Tensor, gain_grad: Te
         partial, len(partial), problem.query, problem.gain, query_grad, gain_grad, D=problem.width, BLOCK_D=block,
         BLOCK_P=configs.REDUCE_ROWS, M=len(problem.query),
         GAIN_PER_QUERY=problem.gain is not None and problem.gain.ndim == 2, VALUE_GAIN=problem.value_gain,
-        ACC=_ACCUMULATE[problem.accumulate], num_warps=configs.REDUCE_WARPS)
+        ACC=ACCUMULATE[problem.accumulate], num_warps=configs.REDUCE_WARPS)

@@ -194,11 +194,11 @@ def test_nan_and_infinity_do_not_vanish() -> None:
 def test_gradients_add_to_earlier_ones() -> None:
     sources, query, _ = make(3, (4, 8))
     problem = launch.Problem.of(sources, query, None, launch.Options(*DEFAULTS))
-    grad = torch.randn(1, 4, 8, dtype=torch.float64)
+    grad = torch.randn(4, 8, dtype=torch.float64)
     earlier = [torch.randn(4, 8, dtype=torch.float64) for _ in sources]
     held = [t.clone() for t in earlier]
-    launch.backward(problem, grad, held, torch.empty(1, 8, dtype=torch.float64), None, priors=held)
-    wanted = reference.mix_backward(grad[0], sources, query, None, *DEFAULTS)
+    launch.backward(problem, [grad], held, torch.empty(1, 8, dtype=torch.float64), None, priors=held)
+    wanted = reference.mix_backward(grad, sources, query, None, *DEFAULTS)
     for got, before, own in zip(held, earlier, wanted, strict=False):
         torch.testing.assert_close(got, before + own)
 
@@ -256,7 +256,7 @@ def test_the_formed_partial_costs_two_rows() -> None:
     delta = torch.randn(3, 64).bfloat16()
     problem = launch.Problem.of(sources, query, None, launch.Options(*DEFAULTS))
     with traffic.counting({"query": query}) as moved:
-        launch.forward(problem, torch.empty(1, 3, 64), delta=delta, partial_out=torch.empty(3, 64).bfloat16())
+        launch.forward(problem, [torch.empty(3, 64)], delta=delta, partial_out=torch.empty(3, 64).bfloat16())
     mix = dataclasses.replace(costs.Mix(4, 64), add=True)
     assert moved.loaded.total() - moved.loaded["query"] == 3 * costs.forward(mix).read
 
@@ -281,16 +281,16 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
     delta = torch.randn(5, 20, dtype=torch.float64)
     weight, bias = torch.randn(20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
     norm = launch.Norm(kind, weight, bias if kind == "layer" else None, 1e-5)
-    output, partial = torch.empty(1, 5, 20, dtype=torch.float64), torch.empty(5, 20, dtype=torch.float64)
+    output, partial = torch.empty(2, 5, 20, dtype=torch.float64).unbind(0)
     problem = launch.Problem.of(sources, query, gain, launch.Options(*DEFAULTS))
-    launch.forward(problem, output, delta=delta, partial_out=partial, norm=norm)
+    launch.forward(problem, [output], delta=delta, partial_out=partial, norm=norm)
     assert torch.equal(partial, sources[-1] + delta)
     mixed = reference.mix_forward([*sources[:-1], partial], query, gain, *DEFAULTS)
     if kind == "rms":
         expected = torch.nn.functional.rms_norm(mixed, (20,), weight, 1e-5)
     else:
         expected = torch.nn.functional.layer_norm(mixed, (20,), weight, bias, 1e-5)
-    torch.testing.assert_close(output[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
     assert gain is not None
     leaves = [t.detach().requires_grad_() for t in (*sources[:-1], partial, query, gain, weight, bias)]
@@ -304,7 +304,7 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
     problem = launch.Problem.of([*sources[:-1], partial], query, gain, launch.Options(*DEFAULTS))
     grads = [torch.empty_like(t) for t in leaves[:4]]
     query_grad, gain_grad = torch.empty(1, 20, dtype=torch.float64), torch.empty(20, dtype=torch.float64)
-    of_norm = launch.backward(problem, cotangent[None], grads, query_grad, gain_grad,
+    of_norm = launch.backward(problem, [cotangent], grads, query_grad, gain_grad,
                               priors=[None, None, None, of_partial], norm=norm)
     assert of_norm is not None
     got = [*grads, query_grad[0], gain_grad, of_norm[0], *(of_norm[1:] if kind == "layer" else ())]

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import attnres_fx
-from attnres_fx import cli
+from attnres_fx import cli, errors
 from attnres_fx.errors import AttnResError, OptionError
 from attnres_fx.options import Options
+from attnres_fx.runtime import phases, triton
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -29,10 +30,11 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_the_interpreter(chosen: str) -> None:
-    """All of interpreted_triton.py: Triton reads the variable when it is first imported, hence the process."""
-    file = str(HERE / "interpreted_triton.py")
+@pytest.mark.parametrize("file, chosen", [
+    ("triton", "not slow"), pytest.param("triton", "slow", marks=pytest.mark.slow), ("phases", "not slow")])
+def test_in_the_interpreter(file: str, chosen: str) -> None:
+    """All of interpreted_*.py: Triton reads the variable when it is first imported, hence the process."""
+    file = str(HERE / f"interpreted_{file}.py")
     ran = python("-m", "pytest", "-o", "pythonpath=", "-m", chosen, file, TRITON_INTERPRET="1")
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     print(ran.stdout)
@@ -53,6 +55,25 @@ def test_refused_on_a_cpu() -> None:
     with pytest.raises(Exception, match=r"(?s)no compiler for the CPU.*TRITON_INTERPRET=1") as caught:
         compiled(ids)
     assert "kernels" in str(caught.value)
+
+
+@COMPILED
+def test_the_phases_are_refused_on_a_cpu() -> None:
+    row = torch.ones(2, 4)
+    parts = phases.PHASE1([row], row, None)
+    for call in (lambda: phases.PHASE1_TRITON([row], row, None),
+                 lambda: phases.PHASE2_TRITON(parts[0], parts[2], [row], row[0], None)):
+        with pytest.raises(errors.KernelError, match="no compiler for the CPU"):
+            call()
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_what_the_phases_run_on_a_gpu(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice that is registered for GPUs, taken by hand: Triton where it serves, else the reference."""
+    monkeypatch.setattr(triton, "serves", lambda rows: serves and rows[0].shape[-1] == 4)
+    row = torch.ones(2, 4)
+    for first in (row, [row]):
+        assert phases._on_gpu(lambda *_: True, lambda *_: False, first, None) is serves
 
 
 def test_the_option() -> None:
@@ -103,6 +124,18 @@ def test_a_binary_of_the_other_targets(target: str) -> None:
     from attnres_fx.runtime.triton import aot, backward, cases
 
     _check(aot.compile_case(cases.Case("mix_backward", backward.mix_backward, 1024, 9), target).to_dict())
+
+
+@COMPILED
+@pytest.mark.parametrize("phase, kernel, count, queries", [
+    ("phase 1", "mix_forward", 9, 4), ("phase 2", "mix_forward", 1, 1), ("phase 1", "mix_backward", 4, 2),
+    ("phase 2", "mix_backward", 8, 1), ("phase 2", "mix_source_grads", 2, 1)])
+def test_a_binary_of_the_phases(phase: str, kernel: str, count: int, queries: int) -> None:
+    from attnres_fx.runtime.triton import aot, backward, cases, forward
+
+    case = cases.Case(kernel, getattr(backward, kernel, forward.mix_forward), 1024, count, queries, features=(phase,))
+    assert phase in case.config
+    _check(aot.compile_case(case, "cuda:90").to_dict())
 
 
 @COMPILED

@@ -1,0 +1,176 @@
+"""The tensors of a mix in the form the Triton kernels take, and the arguments that all of them share.
+
+Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from attnres_fx.runtime import reference
+from attnres_fx.runtime.errors import KernelError
+
+from . import configs
+
+ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a mix, as :func:`attnres_fx.runtime.mix.mix` takes them."""
+
+    eps: float
+    logit_scale: float
+    normalize_values: bool
+    output_factor: float
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """[..., d] as [tokens, d] with unit stride along d: a view where strides allow it, else a copy."""
+    width = tensor.shape[-1]
+    flat = tensor.reshape(-1, width)
+    return flat if width == 1 or flat.stride(-1) == 1 else flat.contiguous()
+
+
+def alignment(width: int, strides: Sequence[int]) -> int:
+    """The largest power of two, at most 16, that divides the width and every stride (in elements)."""
+    return math.gcd(16, width, *strides)
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads that run in step: 64 on AMD's CDNA, 32 on NVIDIA's and in the interpreter."""
+    return 64 if device.type == "cuda" and torch.version.hip is not None else 32
+
+
+def row_stride(rows: Tensor) -> int:
+    """A single row may carry any stride; zero compiles nothing anew."""
+    return rows.stride(0) if rows.shape[0] > 1 else 0
+
+
+def accumulator(sources: Sequence[Tensor]) -> torch.dtype:
+    """float32, or float64 as soon as one source is."""
+    return reference.statistics_dtype(sources)
+
+
+def chunks(count: int, most: int) -> list[slice]:
+    """``count`` items in the fewest runs of at most ``most``, of nearly equal length."""
+    runs = math.ceil(count / most)
+    bounds = [count * run // runs for run in range(runs + 1)]
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The consumer's norm that a mix of one query is handed on through: kind "rms" or "layer", gain and bias [d] or None."""
+
+    kind: str
+    gain: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Early:
+    """What phase 1 left for one query: mixed [tokens, d] with unit stride along d, and lse [tokens], contiguous."""
+
+    mixed: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of one mix in the form the kernels take.
+
+    sources [tokens, d] by strides; query [M, d] and gain [d], [M, d] or None, contiguous, in their own dtypes. phase: 1
+    where the log-sum-exp is wanted too; 2 for one query that goes on from early; None for the whole mix.
+    """
+
+    sources: list[Tensor]
+    query: Tensor
+    gain: Tensor | None
+    options: Options
+    align: int
+    phase: int | None = None
+    early: Early | None = None
+
+    @staticmethod
+    def of(
+        sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, options: Options,
+        others: Sequence[Tensor] = (), phase: int | None = None, early: Early | None = None,
+    ) -> Problem:
+        """``others`` are further [tokens, d] that the kernels load by stride."""
+        rows = [rows_of(source) for source in sources]
+        width = rows[0].shape[-1]
+        if width > configs.MAX_WIDTH:
+            raise KernelError(
+                f"the Triton kernels take rows of at most {configs.MAX_WIDTH} elements, got {width}",
+                remedy="compile with options={'kernels': 'reference'}")
+        others = others if early is None else [*others, early.mixed]
+        align = alignment(width, [row_stride(row) for row in (*rows, *others)])
+        return Problem(rows, query.reshape(-1, width).contiguous(),
+                       None if key_gain is None else key_gain.contiguous(), options, align, phase, early)
+
+    @property
+    def tokens(self) -> int:
+        return self.sources[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.sources[0].shape[1]
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        early = () if self.early is None else (self.early.mixed, self.early.lse)
+        return accumulator([*self.sources, *early])
+
+    @property
+    def value_gain(self) -> bool:
+        return self.options.normalize_values and self.gain is not None
+
+    def stride(self, rows: Tensor) -> int:
+        """The distance of rows in the unit of the kernels."""
+        return row_stride(rows) // self.align
+
+    def strides(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple(self.stride(rows) for rows in tensors)
+
+    def early_arguments(self, wanted: bool = True) -> tuple[Tensor | None, int, Tensor | None]:
+        """Rows, their distance and the log-sum-exp of what phase 1 left; nothing unless wanted."""
+        if self.early is None or not wanted:
+            return None, 0, None
+        return self.early.mixed, self.stride(self.early.mixed), self.early.lse
+
+    def of_queries(self, part: slice) -> Problem:
+        """The same mix for some of its queries."""
+        gain = self.gain[part] if self.gain is not None and self.gain.ndim == 2 else self.gain
+        return replace(self, query=self.query[part], gain=gain)
+
+    def constants(self, tile: configs.Tile) -> dict[str, Any]:
+        """The compile-time arguments that all kernels over rows share."""
+        return {
+            "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t, "M": len(self.query), "ALIGN": self.align,
+            "GAIN_PER_QUERY": self.gain is not None and self.gain.ndim == 2,
+            "OUTPUT_FACTOR": self.options.output_factor, "NORMALIZE": self.options.normalize_values,
+            "ACC": ACCUMULATE[self.accumulate], "num_warps": tile.warps}
+
+    def backward_tile(self, norm: Norm | None) -> configs.Tile | None:
+        """The tile of ``mix_backward``, or None where the rows do not fit."""
+        return configs.backward_tile(self.width, len(self.sources), len(self.query), warp_size(self.query.device),
+                                     norm is not None, self.phase)
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised buffer in the dtype of the statistics."""
+        return torch.empty(shape, dtype=self.accumulate, device=self.query.device)
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
