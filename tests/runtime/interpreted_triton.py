@@ -21,7 +21,7 @@ import attnres_fx
 from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, reference
 from attnres_fx.runtime.mix import MIX_TRITON
-from attnres_fx.runtime.triton import configs, launch
+from attnres_fx.runtime.triton import configs, launch, phases
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
 FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]
@@ -315,13 +315,18 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
 # The way from a model
 
 
-@pytest.mark.parametrize("downstream", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
-def test_a_compiled_llama_runs_them(downstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("downstream, schedule, stems", [
+    pytest.param("aot_eager", "one-pass", ["mix"], marks=pytest.mark.slow),
+    ("inductor", "one-pass", ["mix"]), ("inductor", "two-phase", ["mix_phase1", "mix_phase2"])])
+def test_a_compiled_llama_runs_them(
+    downstream: str, schedule: str, stems: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward and backward of a converted model through torch.compile, against the reference kernels."""
     calls = []
-    for name in ("mix", "mix_backward"):
-        original = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
+    for module, stem in ((launch, "mix"), (phases, "mix_phase1"), (phases, "mix_phase2")):
+        for name in (stem, f"{stem}_backward"):
+            original = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
     model = models.llama(2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32)
     ids = models.token_ids(1, 4)
     attnres_fx.convert(model, (ids,), {"use_cache": False}, num_blocks=2)
@@ -332,11 +337,13 @@ def test_a_compiled_llama_runs_them(downstream: str, monkeypatch: pytest.MonkeyP
     for kernels in ("reference", "triton"):
         torch.compiler.reset()
         calls.clear()
-        options = {"kernels": kernels, "downstream": downstream}
+        options = {"kernels": kernels, "downstream": downstream, "schedule": schedule}
         logits = torch.compile(model, backend="attnres", options=options)(ids, use_cache=False).logits
         model.zero_grad()
         logits.square().sum().backward()
         results[kernels] = [logits.detach(), *(p.grad.clone() for p in model.parameters())]
-        assert calls == ([] if kernels == "reference" else ["mix"] * 4 + ["mix_backward"] * 4)
+        assert set(calls) == (set() if kernels == "reference" else {*stems, *(f"{stem}_backward" for stem in stems)})
+        assert all(calls.count(stem) == calls.count(f"{stem}_backward") for stem in stems)
+        assert "mix" not in stems or calls.count("mix") in (0, 4)
     for got, want in zip(results["triton"], results["reference"], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * largest([want]) + 1e-7)
