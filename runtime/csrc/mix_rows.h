@@ -12,6 +12,10 @@
 #include <tuple>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <ATen/cpu/vec/functional_base.h>
 #include <ATen/cpu/vec/functional_bfloat16.h>
 #include <ATen/cpu/vec/vec.h>
@@ -49,15 +53,17 @@ struct Storage {
     }
   }
 
+  // Stream: past the caches, to an address that is a multiple of a vector's size.
+  template <bool Stream = false>
   static inline void store(T* to, const Vec& low, const Vec& high) {
     if constexpr (wide) {
-      low.store(to);
-      high.store(to + width);
+      put<Stream>(to, low);
+      put<Stream>(to + width, high);
     } else if constexpr (alternating) {
       const auto [first, second] = at::vec::interleave2(low, high);
-      at::vec::convert_from_float<T>(first, second).store(to);
+      put<Stream>(to, at::vec::convert_from_float<T>(first, second));
     } else {
-      at::vec::convert_from_float<T>(low, high).store(to);
+      put<Stream>(to, at::vec::convert_from_float<T>(low, high));
     }
   }
 
@@ -72,6 +78,25 @@ struct Storage {
     alignas(64) T padded[chunk];
     store(padded, low, high);
     std::memcpy(static_cast<void*>(to), padded, count * sizeof(T));
+  }
+
+ private:
+  template <bool Stream, typename Any>
+  static inline void put(T* to, const Any& vec) {
+    if constexpr (Stream) {
+#if defined(__AVX512F__)
+      __m512i raw;
+      static_assert(sizeof(raw) == sizeof(vec));
+      std::memcpy(&raw, &vec, sizeof(raw));
+      return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), raw);
+#elif defined(__AVX2__)
+      __m256i raw;
+      static_assert(sizeof(raw) == sizeof(vec));
+      std::memcpy(&raw, &vec, sizeof(raw));
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), raw);
+#endif
+    }
+    vec.store(to);
   }
 };
 
@@ -130,56 +155,86 @@ inline void fetch_row(const T* next, int64_t width) {
   }
 }
 
+// The sums of row_sums. Each is a variable of its own, so that they stay in registers; an array of them is written to memory
+// at every step and costs twice the time.
+template <typename T, int Count>
+struct Dots {
+  using S = Storage<T>;
+  typename S::Vec low{0}, high{0};
+  Dots<T, Count - 1> others;
+
+  ATTNRES_INLINE inline void add(
+      const typename S::Vec& row_low, const typename S::Vec& row_high, const Acc<T>* const* with,
+      int64_t column) {
+    low = at::vec::fmadd(row_low, S::Vec::loadu(*with + column), low);
+    high = at::vec::fmadd(row_high, S::Vec::loadu(*with + column + S::width), high);
+    others.add(row_low, row_high, with + 1, column);
+  }
+  ATTNRES_INLINE inline void add(const Dots& more) {
+    low = low + more.low;
+    high = high + more.high;
+    others.add(more.others);
+  }
+  ATTNRES_INLINE inline void finish(Acc<T>* sums) const {
+    *sums = total(low + high);
+    others.finish(sums + 1);
+  }
+};
+
+template <typename T>
+struct Dots<T, 0> {
+  using Vec = typename Storage<T>::Vec;
+  void add(const Vec&, const Vec&, const Acc<T>* const*, int64_t) {}
+  void add(const Dots&) {}
+  void finish(Acc<T>*) const {}
+};
+
+template <typename T, int Count>
+struct RowSums {
+  using Vec = typename Storage<T>::Vec;
+  Vec low{0}, high{0};
+  Dots<T, Count> dots;
+
+  ATTNRES_INLINE inline void add(const Vec& row_low, const Vec& row_high, const Acc<T>* const* with, int64_t column) {
+    low = at::vec::fmadd(row_low, row_low, low);
+    high = at::vec::fmadd(row_high, row_high, high);
+    dots.add(row_low, row_high, with, column);
+  }
+};
+
 // sums[0] = <row, row>, sums[1 + k] = <row, with[k]>. `next` is the row to fetch meanwhile, or null.
 template <typename T, int Count>
 inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int64_t width, Acc<T>* sums) {
   using S = Storage<T>;
-  using Vec = typename S::Vec;
-  // Few sums need two halves, or each addition waits for the one before; many sums would not fit the registers twice.
-  constexpr int other = Count > 2 ? 0 : 1;
-  Vec acc[1 + other][2][1 + Count];
-  for (auto& half : acc) {
-    for (auto& part : half) {
-      for (auto& value : part) {
-        value = Vec(0);
-      }
-    }
-  }
-  const auto add = [&](int half, int64_t column, const Vec& low, const Vec& high) ATTNRES_INLINE {
-    acc[half][0][0] = at::vec::fmadd(low, low, acc[half][0][0]);
-    acc[half][1][0] = at::vec::fmadd(high, high, acc[half][1][0]);
-    for (int k = 0; k < Count; ++k) {
-      acc[half][0][1 + k] = at::vec::fmadd(low, Vec::loadu(with[k] + column), acc[half][0][1 + k]);
-      acc[half][1][1 + k] = at::vec::fmadd(high, Vec::loadu(with[k] + column + S::width), acc[half][1][1 + k]);
-    }
-  };
-  Vec low, high;
+  // Few sums are taken in two halves, or each addition waits for the one before; many would not fit the registers twice.
+  constexpr bool halves = Count <= 2;
+  RowSums<T, Count> even, odd_half;
+  RowSums<T, Count>& odd = halves ? odd_half : even;
+  typename S::Vec low, high;
   int64_t column = 0;
   for (; column + 2 * S::chunk <= width; column += 2 * S::chunk) {
     if (next != nullptr) {
       fetch(next, column);
     }
     S::load(row + column, low, high);
-    add(0, column, low, high);
+    even.add(low, high, with, column);
     S::load(row + column + S::chunk, low, high);
-    add(other, column + S::chunk, low, high);
+    odd.add(low, high, with, column + S::chunk);
   }
   if (column + S::chunk <= width) {
     S::load(row + column, low, high);
-    add(0, column, low, high);
+    even.add(low, high, with, column);
     column += S::chunk;
   }
   if (column < width) {
     S::load(row + column, width - column, low, high);
-    add(other, column, low, high);
+    odd.add(low, high, with, column);
   }
-  for (int k = 0; k <= Count; ++k) {
-    Vec sum = acc[0][0][k] + acc[0][1][k];
-    if constexpr (other == 1) {
-      sum = sum + (acc[1][0][k] + acc[1][1][k]);
-    }
-    sums[k] = total(sum);
-  }
+  even.low = even.low + odd_half.low;
+  even.high = even.high + odd_half.high;
+  even.dots.add(odd_half.dots);
+  sums[0] = total(even.low + even.high);
+  even.dots.finish(sums + 1);
 }
 
 // The same for any number of vectors, several in one reading of the row.
