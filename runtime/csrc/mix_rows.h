@@ -60,8 +60,7 @@ struct Storage {
       put<Stream>(to, low);
       put<Stream>(to + width, high);
     } else if constexpr (alternating) {
-      const auto [first, second] = at::vec::interleave2(low, high);
-      put<Stream>(to, at::vec::convert_from_float<T>(first, second));
+      put<Stream>(to, rounded(low, high));
     } else {
       put<Stream>(to, at::vec::convert_from_float<T>(low, high));
     }
@@ -81,6 +80,19 @@ struct Storage {
   }
 
  private:
+  static inline at::vec::Vectorized<T> rounded(const Vec& even, const Vec& odd) {
+#if defined(__AVX512BF16__)
+    // One instruction rounds both, and leaves the odd elements behind the even ones.
+    alignas(64) static constexpr int16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+#else
+    const auto [first, second] = at::vec::interleave2(even, odd);
+    return at::vec::convert_from_float<T>(first, second);
+#endif
+  }
+
   template <bool Stream, typename Any>
   static inline void put(T* to, const Any& vec) {
     if constexpr (Stream) {
