@@ -92,9 +92,10 @@ def build() -> Path:
 
 def _flags() -> list[str]:
     chosen = capability()
+    rounds = chosen == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-w",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-DCPU_CAPABILITY={chosen}",
-            *_VECTOR_FLAGS.get(chosen, [])]
+            *_VECTOR_FLAGS.get(chosen, []), *(["-mavx512bf16"] if rounds else [])]
 
 
 def _compile(command: list[str], library: Path) -> None:

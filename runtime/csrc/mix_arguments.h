@@ -6,10 +6,6 @@
 #include <algorithm>
 #include <new>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>

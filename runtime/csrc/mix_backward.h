@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include <unistd.h>
+
 namespace attnres {
 namespace {
 
@@ -103,6 +105,20 @@ void coefficients(
   }
 }
 
+constexpr int64_t kLine = 64;
+
+// Whether gradients of this many bytes are written past the caches: what is not there anyway when it is used need not be
+// fetched before it is overwritten. The last-level cache belongs to others too.
+bool streams(int64_t bytes) {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+  constexpr int64_t cache = 0;
+#endif
+  constexpr int64_t usual = 32 << 20;
+  return bytes > (cache > 0 ? cache : usual) / 8;
+}
+
 // Where a backward reads and writes. `lse_grads` is empty but for phase 1; `known` and the last two are null but for phase 2.
 template <typename T>
 struct Job {
@@ -110,6 +126,7 @@ struct Job {
   const Parameters<T>& parameters;
   Places places, grads, lse_grads;
   const KnownRows* known;
+  bool stream;
   c10::SmallVector<T*, 24> outs;
   T* mixed_out;
   Acc<T>* lse_out;
@@ -124,7 +141,7 @@ void backward_rows(const Job<T>& job, Acc<T>* keyed_sum, Acc<T>* gain_sum, int64
   const int64_t count = a.count(), width = a.width();
   const int64_t queries = parameters.queries, padded = parameters.padded, pairs = queries * count;
   const bool gained = gain_sum != nullptr;
-  Buffer<A> row_grad(queries * padded, true), value_grad(gained ? queries * padded : 0);
+  Buffer<A> row_grad(queries * padded, true), value_grad(gained ? queries * padded : 0), pull(gained ? padded : 0);
   A* const pulled = gained ? value_grad.get() : row_grad.get();
   c10::SmallVector<A, 64> inverse(count), shrink(count), scores(pairs), pulls(pairs), value(pairs), key(pairs);
   c10::SmallVector<A, 16> lse_grads(job.lse_grads.size()), sums(1 + 2 * queries);
@@ -132,7 +149,7 @@ void backward_rows(const Job<T>& job, Acc<T>* keyed_sum, Acc<T>* gain_sum, int64
   c10::SmallVector<const T*, 32> here(count), next(count);
   c10::SmallVector<T*, 32> to(count);
   const Gradient<T> gradient{count, queries, width, padded, value.data(), key.data(), shrink.data(), parameters.keyed(0),
-                             pulled, row_grad.get(), keyed_sum, gain_sum};
+                             pulled, row_grad.get(), keyed_sum, gain_sum, pull.get()};
   const A eps = static_cast<A>(a.options.eps), factor = static_cast<A>(a.options.factor);
   for (int64_t m = 0; m < queries; ++m) {
     with[2 * m] = parameters.keyed(m);
@@ -176,14 +193,14 @@ void backward_rows(const Job<T>& job, Acc<T>* keyed_sum, Acc<T>* gain_sum, int64
       rounded_row(row_grad.get(), known.weight, width, job.mixed_out + row * width);
       job.lse_out[row] = known.lse_grad;
     }
-    if (queries == 1) {
-      gained ? source_grads<T, true, true>(gradient, here.data(), to.data())
-             : source_grads<T, true, false>(gradient, here.data(), to.data());
-    } else {
-      gained ? source_grads<T, false, true>(gradient, here.data(), to.data())
-             : source_grads<T, false, false>(gradient, here.data(), to.data());
-    }
+    job.stream ? source_grads<T, true>(gradient, here.data(), to.data())
+               : source_grads<T, false>(gradient, here.data(), to.data());
   }
+#if defined(__SSE2__)
+  if (job.stream) {
+    _mm_sfence();  // or another thread might not see what went past the caches
+  }
+#endif
 }
 
 template <typename A, typename P>
@@ -232,6 +249,8 @@ Tensors backward(
   Tensors keep, outs;
   outs.reserve(count + 4);
   Job<T> job{a, parameters, rows_of(a, keep)};
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  job.stream = row_bytes % kLine == 0 && streams(count * rows * row_bytes);
   for (const at::Tensor& grad : grads) {
     job.grads.push_back(rows_of(grad, keep));
   }
@@ -249,6 +268,7 @@ Tensors backward(
   for (int64_t i = 0; i < count; ++i) {
     outs.push_back(at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type()));
     job.outs.push_back(static_cast<T*>(outs.back().mutable_data_ptr()));
+    job.stream = job.stream && reinterpret_cast<uintptr_t>(job.outs.back()) % kLine == 0;
   }
   const int64_t size = parameters.queries * padded;
   const Partial<A> partial(rows, size, a.options.normalize && a.gain != nullptr);

@@ -1,111 +1,9 @@
 // The arithmetic of one position of the mix: sums over a row, the softmax over depth, weighted sums of rows.
-//
-// Rows of T in memory are read into vectors of Acc<T> (float; double for double). Buffers of the statistics' type are
-// padded with zeros to a multiple of Storage<T>::chunk, so that only rows of the caller need care at their end.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <tuple>
-#include <type_traits>
-
-#include <ATen/cpu/vec/functional_base.h>
-#include <ATen/cpu/vec/functional_bfloat16.h>
-#include <ATen/cpu/vec/vec.h>
-
-// A small function called several times is else not inlined, and its vectors go through memory.
-#define ATTNRES_INLINE __attribute__((always_inline))
+#include "mix_storage.h"
 
 namespace attnres {
-
-template <typename T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Two vectors of the statistics' type at a time: what one vector of a two-byte type widens to. For bfloat16 these are the
-// even and the odd elements, which a shift and a mask give without moving anything between lanes; buffers of the
-// statistics' type are kept in that order too (arrange, restore).
-template <typename T>
-struct Storage {
-  using Vec = at::vec::Vectorized<Acc<T>>;
-  static constexpr int64_t width = Vec::size();
-  static constexpr int64_t chunk = 2 * width;
-  static constexpr bool wide = std::is_same_v<T, Acc<T>>;
-  static constexpr bool alternating = std::is_same_v<T, at::BFloat16>;
-
-  static inline void load(const T* from, Vec& low, Vec& high) {
-    if constexpr (wide) {
-      low = Vec::loadu(from);
-      high = Vec::loadu(from + width);
-    } else if constexpr (alternating) {
-      using Bits = at::vec::Vectorized<int32_t>;
-      const Bits bits = Bits::loadu(from);
-      low = at::vec::cast<float>(bits << Bits(16));
-      high = at::vec::cast<float>(bits & Bits(static_cast<int32_t>(0xffff0000)));
-    } else {
-      std::tie(low, high) = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
-    }
-  }
-
-  static inline void store(T* to, const Vec& low, const Vec& high) {
-    if constexpr (wide) {
-      low.store(to);
-      high.store(to + width);
-    } else if constexpr (alternating) {
-      const auto [first, second] = at::vec::interleave2(low, high);
-      at::vec::convert_from_float<T>(first, second).store(to);
-    } else {
-      at::vec::convert_from_float<T>(low, high).store(to);
-    }
-  }
-
-  // The same for the `count` elements left at the end of a row; what is missing reads as zero.
-  static inline void load(const T* from, int64_t count, Vec& low, Vec& high) {
-    alignas(64) T padded[chunk] = {};
-    std::memcpy(static_cast<void*>(padded), from, count * sizeof(T));
-    load(padded, low, high);
-  }
-
-  static inline void store(T* to, int64_t count, const Vec& low, const Vec& high) {
-    alignas(64) T padded[chunk];
-    store(padded, low, high);
-    std::memcpy(static_cast<void*>(to), padded, count * sizeof(T));
-  }
-};
-
-// A padded row from the order of its elements into that of load, and back.
-template <typename T>
-inline void arrange(Acc<T>* row, int64_t padded) {
-  using S = Storage<T>;
-  if constexpr (S::alternating) {
-    for (int64_t column = 0; column < padded; column += S::chunk) {
-      const auto [even, odd] =
-          at::vec::deinterleave2(S::Vec::loadu(row + column), S::Vec::loadu(row + column + S::width));
-      even.store(row + column);
-      odd.store(row + column + S::width);
-    }
-  }
-}
-
-template <typename T>
-inline void restore(Acc<T>* row, int64_t padded) {
-  using S = Storage<T>;
-  if constexpr (S::alternating) {
-    for (int64_t column = 0; column < padded; column += S::chunk) {
-      const auto [first, second] =
-          at::vec::interleave2(S::Vec::loadu(row + column), S::Vec::loadu(row + column + S::width));
-      first.store(row + column);
-      second.store(row + column + S::width);
-    }
-  }
-}
-
-template <typename T>
-constexpr int64_t padded_width(int64_t width) {
-  return (width + Storage<T>::chunk - 1) / Storage<T>::chunk * Storage<T>::chunk;
-}
 
 template <typename Vec>
 inline typename Vec::value_type total(const Vec& vec) {
@@ -130,56 +28,86 @@ inline void fetch_row(const T* next, int64_t width) {
   }
 }
 
+// The sums of row_sums. Each is a variable of its own, so that they stay in registers; an array of them is written to memory
+// at every step and costs twice the time.
+template <typename T, int Count>
+struct Dots {
+  using S = Storage<T>;
+  typename S::Vec low{0}, high{0};
+  Dots<T, Count - 1> others;
+
+  ATTNRES_INLINE inline void add(
+      const typename S::Vec& row_low, const typename S::Vec& row_high, const Acc<T>* const* with,
+      int64_t column) {
+    low = at::vec::fmadd(row_low, S::Vec::loadu(*with + column), low);
+    high = at::vec::fmadd(row_high, S::Vec::loadu(*with + column + S::width), high);
+    others.add(row_low, row_high, with + 1, column);
+  }
+  ATTNRES_INLINE inline void add(const Dots& more) {
+    low = low + more.low;
+    high = high + more.high;
+    others.add(more.others);
+  }
+  ATTNRES_INLINE inline void finish(Acc<T>* sums) const {
+    *sums = total(low + high);
+    others.finish(sums + 1);
+  }
+};
+
+template <typename T>
+struct Dots<T, 0> {
+  using Vec = typename Storage<T>::Vec;
+  void add(const Vec&, const Vec&, const Acc<T>* const*, int64_t) {}
+  void add(const Dots&) {}
+  void finish(Acc<T>*) const {}
+};
+
+template <typename T, int Count>
+struct RowSums {
+  using Vec = typename Storage<T>::Vec;
+  Vec low{0}, high{0};
+  Dots<T, Count> dots;
+
+  ATTNRES_INLINE inline void add(const Vec& row_low, const Vec& row_high, const Acc<T>* const* with, int64_t column) {
+    low = at::vec::fmadd(row_low, row_low, low);
+    high = at::vec::fmadd(row_high, row_high, high);
+    dots.add(row_low, row_high, with, column);
+  }
+};
+
 // sums[0] = <row, row>, sums[1 + k] = <row, with[k]>. `next` is the row to fetch meanwhile, or null.
 template <typename T, int Count>
 inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int64_t width, Acc<T>* sums) {
   using S = Storage<T>;
-  using Vec = typename S::Vec;
-  // Few sums need two halves, or each addition waits for the one before; many sums would not fit the registers twice.
-  constexpr int other = Count > 2 ? 0 : 1;
-  Vec acc[1 + other][2][1 + Count];
-  for (auto& half : acc) {
-    for (auto& part : half) {
-      for (auto& value : part) {
-        value = Vec(0);
-      }
-    }
-  }
-  const auto add = [&](int half, int64_t column, const Vec& low, const Vec& high) ATTNRES_INLINE {
-    acc[half][0][0] = at::vec::fmadd(low, low, acc[half][0][0]);
-    acc[half][1][0] = at::vec::fmadd(high, high, acc[half][1][0]);
-    for (int k = 0; k < Count; ++k) {
-      acc[half][0][1 + k] = at::vec::fmadd(low, Vec::loadu(with[k] + column), acc[half][0][1 + k]);
-      acc[half][1][1 + k] = at::vec::fmadd(high, Vec::loadu(with[k] + column + S::width), acc[half][1][1 + k]);
-    }
-  };
-  Vec low, high;
+  // Few sums are taken in two halves, or each addition waits for the one before; many would not fit the registers twice.
+  constexpr bool halves = Count <= 2;
+  RowSums<T, Count> even, odd_half;
+  RowSums<T, Count>& odd = halves ? odd_half : even;
+  typename S::Vec low, high;
   int64_t column = 0;
   for (; column + 2 * S::chunk <= width; column += 2 * S::chunk) {
     if (next != nullptr) {
       fetch(next, column);
     }
     S::load(row + column, low, high);
-    add(0, column, low, high);
+    even.add(low, high, with, column);
     S::load(row + column + S::chunk, low, high);
-    add(other, column + S::chunk, low, high);
+    odd.add(low, high, with, column + S::chunk);
   }
   if (column + S::chunk <= width) {
     S::load(row + column, low, high);
-    add(0, column, low, high);
+    even.add(low, high, with, column);
     column += S::chunk;
   }
   if (column < width) {
     S::load(row + column, width - column, low, high);
-    add(other, column, low, high);
+    odd.add(low, high, with, column);
   }
-  for (int k = 0; k <= Count; ++k) {
-    Vec sum = acc[0][0][k] + acc[0][1][k];
-    if constexpr (other == 1) {
-      sum = sum + (acc[1][0][k] + acc[1][1][k]);
-    }
-    sums[k] = total(sum);
-  }
+  even.low = even.low + odd_half.low;
+  even.high = even.high + odd_half.high;
+  even.dots.add(odd_half.dots);
+  sums[0] = total(even.low + even.high);
+  even.dots.finish(sums + 1);
 }
 
 // The same for any number of vectors, several in one reading of the row.

@@ -145,6 +145,25 @@ def test_rows_beyond_the_cache_and_groups() -> None:
     compare([torch.randn(2, 5000) for _ in range(40)], torch.randn(3, 5000) / 70, torch.rand(5000), 1e-6, 1.0, True, 2.0)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [None, 2])
+def test_gradients_that_go_past_the_caches(dtype: torch.dtype, queries: int | None) -> None:
+    """A position has the same gradients in a call whose results no cache holds and in one of its own."""
+    count, width = 16, 1024
+    held = max(os.sysconf(194), 2**25) // 8  # _SC_LEVEL3_CACHE_SIZE of Linux, for which Python has no name
+    rows = held // (count * width * dtype.itemsize) + 9
+    sources = [torch.randn(1, width).to(dtype).expand(rows, width) for _ in range(count - 1)]
+    sources.append(torch.randn(rows, width).to(dtype))
+    query = torch.randn(width) / 32 if queries is None else torch.randn(queries, width) / 32
+    cotangent = torch.randn(*query.shape[:-1], rows, width).to(dtype)
+    options = (None, 1e-6, 1.0, False, 1.0)
+    got = MIX_BACKWARD(cotangent, sources, query, *options)
+    for part in (slice(0, 8), slice(rows // 2, rows // 2 + 8), slice(rows - 8, rows)):
+        want = MIX_BACKWARD(cotangent[..., part, :], [source[part] for source in sources], query, *options)
+        assert all(torch.equal(a[part], b) for a, b in zip(got[:count], want[:count], strict=True))
+
+
 # Building
 
 

@@ -166,6 +166,15 @@ def test_the_same_bits_on_any_number_of_threads_and_twice(dtype: torch.dtype) ->
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+def test_results_are_rounded_to_the_nearest_even() -> None:
+    """Numbers in the middle between two of bfloat16, which have to come out as torch rounds them."""
+    grad = (torch.arange(1, 129) * torch.tensor([1, -1]).repeat(64)).bfloat16()[None]
+    known = torch.zeros(1, 128).bfloat16(), torch.full((1,), 200.0)  # of which the weight is 1
+    for factor in (1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-7):
+        got = PHASE2_BACKWARD(grad, *known, [torch.ones(1, 128).bfloat16()], torch.zeros(128), None, *READ, factor)[0]
+        assert torch.equal(got, (grad.float() * factor).bfloat16())
+
+
 def test_expanded_rows_and_gradients() -> None:
     """What autograd hands in: gradients of sums, without memory of their own."""
     sources, query, gain, grads = call1(3, 2, (4, 24), torch.float32)
