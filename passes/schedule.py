@@ -2,14 +2,17 @@
 
 Matches: ``attnres::mix`` nodes of one query whose lists of sources begin alike. Replaces with: one ``attnres::mix_phase1``
 over the common sources for all their queries, and one ``attnres::mix_phase2`` a mix over its own later sources. Which mixes
-are grouped is decided by :mod:`attnres_fx.passes.traffic`; the blocks of the model play no part in it.
+are grouped is decided by :mod:`attnres_fx.passes.traffic`, where they wait for memory at all; the blocks of the model play
+no part in it.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,8 +90,11 @@ def schedule_graph(graph: fx.Graph, wished: str, training: bool) -> bool:
             early = all(order[part] < begin for part in (reads[later].query, reads[later].key_gain) if part is not None)
             return (early or movable[later] is not None) and not any(begin < at < end for at in changed_at[later])
 
+        machine = machine_of(reads[0], training)
+        if wished == "auto" and not _waits_for_memory(reads, machine):
+            continue
         penalty = _PREFER if wished == "two-phase" else 0.0
-        groups = schedule([read.sources for read in reads], machine_of(reads[0], training), joinable, penalty)
+        groups = schedule([read.sources for read in reads], machine, joinable, penalty)
         for group in groups:
             if group.prefix:
                 _split(reads[group.start:group.stop], movable[group.start:group.stop], group.prefix)
@@ -137,6 +143,28 @@ def machine_of(read: Read, training: bool) -> Machine:
     if value.device.type == "cuda":
         sweep = min(forward_queries(width), backward_queries(width)) if training else forward_queries(width)
     return Machine(width, value.element_size(), tokens, training, sweep, read.key_gain is not None)
+
+
+def _waits_for_memory(reads: Sequence[Read], machine: Machine) -> bool:
+    """Whether bytes are what the reads take their time for.
+
+    On the CPU they are not where all sources stay in the last-level cache, nor for elements of two bytes, which take as
+    long to widen as to fetch (measured: benchmarks/NOTES.md).
+    """
+    if value_of(reads[0].node).device.type != "cpu":
+        return True
+    rows = max(len(read.sources) for read in reads)
+    return machine.element >= 4 and rows * machine.tokens * machine.row > last_level_cache()
+
+
+@functools.cache
+def last_level_cache() -> int:
+    """Bytes of the CPU's last-level cache, 32 MiB where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] if text[-1:] in ("K", "M") else int(text or 0))
+    return max(sizes, default=0) or 32 << 20
 
 
 def _read(node: fx.Node) -> Read | None:

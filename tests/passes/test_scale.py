@@ -61,7 +61,7 @@ def convert(graph: fx.Graph, num_layers: int) -> None:
     assert stream.num_layers == num_layers and stream.refusal() is None and stream.function_preserving
     places = {node.target: node for node in graph.nodes if node.op == "placeholder"}
     rewrite_graph(graph, [Assignment(stream, plan_for(stream, num_blocks=8), places["query"], places["gain"])])
-    schedule_graph(graph, "auto", training=True)
+    schedule_graph(graph, "two-phase", training=True)
 
 
 def seconds(num_blocks: int, repeats: int = 3) -> float:

@@ -13,12 +13,19 @@ from models import relative
 from torch import Tensor, fx, nn
 
 import attnres_fx
+from attnres_fx.passes import schedule
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.lower import lower_marked
 from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.vocabulary import is_mix
 from attnres_fx.runtime.mix import mix
 from attnres_fx.runtime.phases import PHASE1, PHASE2
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything comes from memory: the models here would fit in any cache."""
+    monkeypatch.setattr(schedule, "last_level_cache", lambda: 0)
 
 
 def count(gm: fx.GraphModule) -> tuple[int, int, int]:
@@ -87,6 +94,19 @@ def test_inference_and_training_are_decided_apart() -> None:
     assert count(inference) != count(training)
 
 
+def test_on_the_cpu_only_what_waits_for_memory_is_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _, _ = rewritten(6, 12)
+    rows = max(len(node.args[0]) for node in before.graph.nodes if is_mix(node))
+    held = rows * 2 * 32 * 32 * 8
+    monkeypatch.setattr(schedule, "last_level_cache", lambda: held)
+    assert schedule_mixes(before, "auto", training=True) is before
+    monkeypatch.setattr(schedule, "last_level_cache", lambda: held - 1)
+    assert count(schedule_mixes(before, "auto", training=True))[1] > 0
+    model, x = Sharing("nothing").bfloat16(), torch.randn(500, 8, dtype=torch.bfloat16)
+    half, _ = capture(model, (x,), {})
+    assert schedule_mixes(half, "auto", training=True) is half
+
+
 class Sharing(nn.Module):
     """Four reads of the same three sources, with something between the second and the third."""
 
@@ -144,8 +164,8 @@ def test_checkpointed_regions_share_nothing() -> None:
         assert all(user.target is operator.getitem for user in node.users)
 
 
-@pytest.mark.parametrize("schedule, grad", [("auto", True), ("two-phase", False)])
-def test_compiled_models_are_scheduled(schedule: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wished, grad", [("auto", True), ("two-phase", False)])
+def test_compiled_models_are_scheduled(wished: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnres_fx import backend
 
     seen: list[fx.GraphModule] = []
@@ -156,7 +176,7 @@ def test_compiled_models_are_scheduled(schedule: str, grad: bool, monkeypatch: p
     attnres_fx.convert(model, ids, num_blocks=8)
     with torch.no_grad():
         model.attnres.stream.query.normal_()
-    fast = torch.compile(model, backend="attnres", options={"schedule": schedule})
+    fast = torch.compile(model, backend="attnres", options={"schedule": wished})
     with torch.set_grad_enabled(grad):
         got, expected = fast(ids).logits, model(ids).logits
         assert relative(got, expected) < 1e-5
