@@ -259,14 +259,12 @@ def test_partial_sum_and_norm_in_phase_2(kind: str) -> None:
     same(grads, [leaf.grad for leaf in leaves])
 
 
-@pytest.mark.parametrize("gain", [False, True])
-def test_the_operators(gain: bool) -> None:
-    sources, query = [leaf.requires_grad_() for leaf in rows(3, 2, 6)], parameters(2, 6)[0].requires_grad_()
-    gains = normal(2, 6).requires_grad_() if gain else None
-    torch.library.opcheck(PHASE1, (sources, query, gains, 1e-5))
+def test_the_operators() -> None:
+    sources, query, gain = ([leaf.requires_grad_() for leaf in rows(count, 2, 6)] for count in (2, 1, 1))
+    torch.library.opcheck(PHASE1, (sources, query[0], gain[0], 1e-5))
     with torch.no_grad():
-        parts = PHASE1(sources, query, gains, 1e-5)
-    torch.library.opcheck(PHASE2, (parts[0], parts[2], sources[:1], query[0], own(gains, 0), 1e-5))
+        parts = PHASE1(sources, query[0], gain[0], 1e-5)
+    torch.library.opcheck(PHASE2, (parts[0], parts[2], sources[:1], query[0][0], gain[0][0], 1e-5))
 
 
 def test_arguments_without_a_meaning_are_errors() -> None:
@@ -283,7 +281,7 @@ def test_arguments_without_a_meaning_are_errors() -> None:
 
 
 @pytest.mark.parametrize("early, queries, late, width", [
-    (9, 1, 1, 1024), (4, 4, 2, 64), (25, 2, 25, 64), (2, 5, 1, 1024), (4, 1, 1, 4096), (2, 1, 1, 8192)])
+    (9, 1, 1, 1024), (4, 4, 2, 64), (25, 1, 25, 64), (2, 5, 1, 1024), (3, 1, 1, 4096), (2, 1, 1, 8192)])
 def test_the_cost_model_is_what_the_kernels_move(
     early: int, queries: int, late: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
