@@ -69,15 +69,15 @@ def backward_tile(
     """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
 
     A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
-    Phase 2 holds what phase 1 left as one row more; phase 1 itself takes a scalar more, which 16 warps have no room for.
+    The gradient of the log-sum-exp costs phase 1 a row. Phase 2 adds few sources and holds half as many: what phase 1
+    left takes a row, and addresses of which AMD's scalar registers have no more.
     """
-    if phase == 2 or (phase == 1 and width > 2048):
-        count += 1
     if norm:
-        fits = 0 if width > 2048 else 4 if width > 512 else 3
+        rows = 0 if width > 2048 else 4 if width > 512 else 3
     else:
-        fits = (9 if width <= 2048 else 4 if width <= 4096 else 0) // queries
-    return tile(width, 8, warp_size) if count <= fits else None
+        rows = 9 if width <= 2048 else 4 if width <= 4096 else 0
+    rows = rows - 1 if phase == 1 else rows // 2 if phase == 2 else rows
+    return tile(width, 8, warp_size) if count <= rows // queries else None
 
 
 def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
