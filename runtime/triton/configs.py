@@ -69,14 +69,14 @@ def backward_tile(
     """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
 
     A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
-    The gradient of the log-sum-exp costs phase 1 a row. Phase 2 adds few sources and holds half as many: what phase 1
+    The gradient of the log-sum-exp costs phase 1 a row. Phase 2 adds few sources and holds at most three: what phase 1
     left takes a row, and addresses of which AMD's scalar registers have no more.
     """
     if norm:
         rows = 0 if width > 2048 else 4 if width > 512 else 3
     else:
         rows = 9 if width <= 2048 else 4 if width <= 4096 else 0
-    rows = rows - 1 if phase == 1 else rows // 2 if phase == 2 else rows
+    rows = rows - 1 if phase == 1 else min(rows // 2, 3) if phase == 2 else rows
     return tile(width, 8, warp_size) if count <= rows // queries else None
 
 
