@@ -64,7 +64,7 @@ def _runs(items: int, most: int) -> int:
 
 def forward(mix: Mix) -> Traffic:
     """Bytes per token of the forward: every source once for each group of queries, the mixes written once."""
-    groups = _runs(mix.queries, configs.forward_queries(mix.width))
+    groups = _runs(mix.queries, configs.forward_queries(mix.width, mix.element))
     launches = _runs(mix.count, configs.FORWARD_SOURCES)
     state = (launches - 1) * mix.queries * (mix.width + 2) * mix.accumulate
     added = groups if mix.add else 0

@@ -89,17 +89,17 @@ class Case:
             "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
             "programs": Typed("i32", False), "query_grad": wide, "gain_grad": has_gain,
             "tokens": Typed("i32", False), "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t,
-            "GROUP": configs.FORWARD_GROUP, "BLOCK_P": configs.REDUCE_ROWS, "M": self.queries, "ALIGN": align,
-            "GAIN_PER_QUERY": False, "NORMALIZE": self.normalize,
+            "GROUP": configs.forward_group(self.width, TYPES[self.dtype]), "BLOCK_P": configs.REDUCE_ROWS,
+            "M": self.queries, "ALIGN": align, "GAIN_PER_QUERY": False, "NORMALIZE": self.normalize,
             "VALUE_GAIN": self.normalize and self.gain, "ACC": tl.float32, **OPTIONS}
         return Arguments({name: values[name] for name in self.kernel.arg_names}, tile.warps)
 
     def row_bytes(self, warp_size: int) -> int:
-        """Bytes of rows that one thread loads in one pass over its tile."""
+        """Bytes of rows that one thread loads on average in one pass over its tile; none beyond the width."""
         tile = self.tile(warp_size)
         rows = configs.REDUCE_ROWS if self.kernel is backward.reduce_parameter_grads else self.count * tile.block_t
         size = 4 if self.kernel is backward.reduce_parameter_grads else TYPES[self.dtype]
-        return rows * tile.block_d * size // (tile.warps * warp_size)
+        return rows * min(self.width, tile.block_d) * size // (tile.warps * warp_size)
 
     def tile(self, warp_size: int) -> configs.Tile:
         """The tile that the table gives. Raises ValueError for a backward whose rows do not fit."""
@@ -119,15 +119,15 @@ class Case:
 def cases() -> Iterator[Case]:
     """Every kernel at every width with the most sources and queries the table gives a launch, and every option once."""
     for width in WIDTHS:
-        queries = (1, configs.forward_queries(width))
         for dtype in ("bf16", "fp32"):
+            queries = configs.forward_queries(width, TYPES[dtype])
             for count in (9, configs.FORWARD_SOURCES):
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype)
-            yield Case("mix_forward", forward.mix_forward, width, 9, queries[1], dtype, normalize=True)
+            yield Case("mix_forward", forward.mix_forward, width, 9, queries, dtype, normalize=True)
             yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("chained",))
             for norm in ("rms", "layer"):
                 yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("delta", norm))
-            yield Case("mix_forward", forward.mix_forward, width, 9, queries[1], dtype, features=("phase 1",))
+            yield Case("mix_forward", forward.mix_forward, width, 9, queries, dtype, features=("phase 1",))
             for count, normalize in ((1, False), (configs.FORWARD_SOURCES, True)):
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=normalize,
                            features=("phase 2",))

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 MAX_WIDTH = 8192
 FORWARD_SOURCES = 24  # a launch; more are chained. On AMD their addresses fill the scalar registers beyond
-FORWARD_GROUP = 4  # sources loaded at once
 PARTIAL_ROWS = 512  # programs that walk over tokens: about four for each multiprocessor of today's GPUs
 REDUCE_COLUMNS, REDUCE_ROWS, REDUCE_WARPS = 64, 32, 4  # of reduce_parameter_grads: a warp reads 256 bytes of each row
 
@@ -44,14 +43,19 @@ def tile(width: int, elements: int, warp_size: int = 32, most_warps: int = 16) -
     return Tile(block_d, block_t, warps)
 
 
-def forward_queries(width: int) -> int:
-    """How many queries share one launch of ``mix_forward``; more sweep again."""
-    return 4 if width <= 4096 else 2
+def forward_queries(width: int, element: int = 2) -> int:
+    """How many queries share one launch of ``mix_forward`` on sources of so many bytes an element; more sweep again."""
+    return 4 if width <= 4096 else max(1, 4 // element)
 
 
 def forward_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     """Of ``mix_forward``: a thread holds 16 elements of a row, or 8 where several queries hold a sum each."""
     return tile(width, 16 if (width > 512 and queries == 1) or width > 4096 else 8, warp_size)
+
+
+def forward_group(width: int, element: int = 2) -> int:
+    """How many sources, of so many bytes an element, ``mix_forward`` loads at once: 64 bytes a thread of wide rows."""
+    return 4 if width <= 4096 else max(1, 4 // element)
 
 
 def backward_queries(width: int) -> int:
@@ -65,15 +69,15 @@ def backward_tile(
     """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
 
     A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
-    Phase 2 holds what phase 1 left as one row more; phase 1 itself takes a scalar more, which 16 warps have no room for.
+    The gradient of the log-sum-exp costs phase 1 a row. Phase 2 adds few sources and holds at most three: what phase 1
+    left takes a row, and addresses of which AMD's scalar registers have no more.
     """
-    if phase == 2 or (phase == 1 and width > 2048):
-        count += 1
     if norm:
-        fits = 0 if width > 2048 else 4 if width > 512 else 3
+        rows = 0 if width > 2048 else 4 if width > 512 else 3
     else:
-        fits = (9 if width <= 2048 else 4 if width <= 4096 else 0) // queries
-    return tile(width, 8, warp_size) if count <= fits else None
+        rows = 9 if width <= 2048 else 4 if width <= 4096 else 0
+    rows = rows - 1 if phase == 1 else min(rows // 2, 3) if phase == 2 else rows
+    return tile(width, 8, warp_size) if count <= rows // queries else None
 
 
 def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
@@ -83,7 +87,9 @@ def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
 
 def split_sources(width: int, queries: int, phase: int | None = None) -> int:
     """How many sources one launch of ``mix_source_grads`` takes; each launch reads the incoming gradient again."""
-    return 4 if width <= 4096 and queries == 1 and phase != 2 else 2
+    if phase == 2:
+        return 2 if width <= 4096 else 1
+    return 4 if width <= 4096 and queries == 1 else 2
 
 
 def programs(tokens: int, tile: Tile) -> int:

@@ -48,7 +48,7 @@ def forward(
 
     With delta [tokens, d] the last source is taken as source + delta and stored to partial_out [tokens, d].
     """
-    for part in chunks(len(problem.query), configs.forward_queries(problem.width)):
+    for part in chunks(len(problem.query), configs.forward_queries(problem.width, problem.element)):
         own_lses = None if lses is None else tuple(lses[part])
         _forward_group(problem.of_queries(part), tuple(outputs[part]), own_lses, delta, partial_out, norm)
 
@@ -76,7 +76,7 @@ def _forward_group(
             state_sums, state_rows, tokens,
             **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
             NORM=own_norm.kind if own_norm else "", NORM_EPS=own_norm.eps if own_norm else 0.0,
-            GROUP=configs.FORWARD_GROUP, FIRST=first, LAST=last)
+            GROUP=configs.forward_group(problem.width, problem.element), FIRST=first, LAST=last)
 
 
 def mix_backward(

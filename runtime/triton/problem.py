@@ -127,6 +127,11 @@ class Problem:
         return self.sources[0].shape[1]
 
     @property
+    def element(self) -> int:
+        """Bytes of an element of the widest source."""
+        return max(rows.element_size() for rows in self.sources)
+
+    @property
     def accumulate(self) -> torch.dtype:
         early = () if self.early is None else (self.early.mixed, self.early.lse)
         return accumulator([*self.sources, *early])
