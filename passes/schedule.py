@@ -141,7 +141,8 @@ def machine_of(read: Read, training: bool) -> Machine:
         tokens *= hinted(size)
     sweep = MOST_QUERIES
     if value.device.type == "cuda":
-        sweep = min(forward_queries(width), backward_queries(width)) if training else forward_queries(width)
+        sweep = forward_queries(width, value.element_size())
+        sweep = min(sweep, backward_queries(width)) if training else sweep
     return Machine(width, value.element_size(), tokens, training, sweep, read.key_gain is not None)
 
 
