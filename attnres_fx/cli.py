@@ -56,19 +56,20 @@ def inspect(
     mix_scale: MixScale = "paper",
     graph: Annotated[bool, typer.Option("--graph", help="Print the rewritten graph as Python code.")] = False,
     dot: Annotated[Path | None, typer.Option("--dot", help="Write a drawing, before and after, as DOT text.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens a call, for the bytes that mixes move.")] = 4096,
     as_json: Json = False,
 ) -> None:
     """Show residual streams, blocks and mixes.
 
     Of a plain SOURCE the blocks and mixes are those that a conversion gives; nothing is written but --dot.
     """
-    from attnres_fx.report import blocks_table, mixes_table, render
+    from attnres_fx.report import blocks_table, mixes_table, render, schedule_table, schedules
 
     opened = _open(source)
     converted = opened.converted  # before --graph converts a plain model in memory
     report, plans = _plan(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
     content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": converted, **report.to_dict(),
-                               "plans": [_plan_json(plan) for plan in plans]}
+                               "plans": [_plan_json(plan) for plan in plans], "schedule": schedules(plans, tokens)}
     if graph or dot is not None:
         from attnres_fx import graphs
         from attnres_fx.files import whole_file
@@ -88,7 +89,9 @@ def inspect(
     print(report)
     if plans:
         heading = "converted:" if converted else "a conversion would give:"
-        print("\n" + render(f"{heading} {_summary(plans)}", blocks_table(plans), mixes_table(plans)))
+        moved = f"bytes that the mixes move, per token ({tokens:,} tokens in bfloat16 on a GPU):"
+        print("\n" + render(f"{heading} {_summary(plans)}", blocks_table(plans), mixes_table(plans), moved,
+                            schedule_table(plans, tokens)))
     if graph:
         print("\n" + content["code"])
     if dot is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from attnres_fx.passes.graph import place_of
 from attnres_fx.passes.partition import sources_at
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.streams import Stream
+from attnres_fx.passes.traffic import Machine, schedule, sources_of_plan
+from attnres_fx.runtime.triton.configs import backward_queries, forward_queries
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,46 @@ def mixes_table(plans: Sequence[StreamPlan]) -> Any:
             listed = ", ".join(names) if len(names) <= 4 else f"{names[0]} .. {names[-2]}, {names[-1]}"
             reader = (plan.sites[position][0] or "layer") if position < plan.num_layers else "output"
             table.add_row(plan.name, str(position), reader, f"{len(names)}: {listed}")
+    return table
+
+
+def schedules(plans: Sequence[StreamPlan], tokens: int) -> list[dict[str, Any]]:
+    """What the schedule would do with the mixes of converted streams: a row a group of mixes, inference and training.
+
+    Counted for ``tokens`` tokens in bfloat16 on a GPU; bytes are per token. ``prefix`` is the number of sources that a
+    group reads once in phase 1, 0 where every mix of it is read in one pass.
+    """
+    rows = []
+    for plan, training in itertools.product(plans, (False, True)):
+        sweep = forward_queries(plan.width)
+        sweep = min(sweep, backward_queries(plan.width)) if training else sweep
+        machine = Machine(plan.width, 2, tokens, training, sweep, plan.key_gain)
+        groups = schedule(sources_of_plan(plan.boundaries, plan.num_layers), machine)
+        for alone, run in itertools.groupby(groups, key=lambda group: group.prefix == 0):
+            parts = list(run)
+            # Neighbours that are read one by one make one row.
+            for part in [parts] if alone else [[group] for group in parts]:
+                rows.append({"stream": plan.name, "training": training, "first": part[0].start + 1, "last": part[-1].stop,
+                             "prefix": part[0].prefix, "one_pass": sum(group.one_pass for group in part),
+                             "chosen": sum(group.bytes for group in part)})
+    return rows
+
+
+def schedule_table(plans: Sequence[StreamPlan], tokens: int) -> Any:
+    """The rows of :func:`schedules` as a table, with the sums, in bytes per token."""
+    from rich.table import Table
+
+    table = Table("stream", "for", "positions", "chosen", "bytes in one pass", "bytes as chosen")
+    rows = schedules(plans, tokens)
+    for (name, training), listed in itertools.groupby(rows, key=lambda row: (row["stream"], row["training"])):
+        group = list(listed)
+        purpose = "training" if training else "inference"
+        for row in group:
+            chosen = f"two phases, {row['prefix']} sources in common" if row["prefix"] else "one pass"
+            positions = f"{row['first']}-{row['last']}" if row["last"] > row["first"] else str(row["first"])
+            table.add_row(name, purpose, positions, chosen, f"{row['one_pass']:,.0f}", f"{row['chosen']:,.0f}")
+        totals = (sum(row[key] for row in group) for key in ("one_pass", "chosen"))
+        table.add_row(name, purpose, "all", "", *(f"{total:,.0f}" for total in totals), end_section=True)
     return table
 
 

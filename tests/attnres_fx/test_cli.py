@@ -108,6 +108,21 @@ def test_inspect_json(llama: Path, attnres: Callable[..., Result]) -> None:
     assert content["plans"][0]["mixes"][0] == {"position": 1, "blocks": 1, "partial": True}
 
 
+def test_inspect_shows_the_bytes_of_each_choice(llama: Path, attnres: Callable[..., Result]) -> None:
+    arguments = ("inspect", llama, "--layers-per-block", 1)
+    rows = json.loads(attnres(*arguments, "--json").out)["schedule"]
+    layers = json.loads(attnres(*arguments, "--json").out)["plans"][0]["num_layers"]
+    for training in (False, True):
+        covered = [p for row in rows if row["training"] == training for p in range(row["first"], row["last"] + 1)]
+        assert covered == list(range(1, layers + 1))
+    assert all(row["chosen"] <= row["one_pass"] for row in rows)
+    assert any(row["prefix"] and row["chosen"] < row["one_pass"] for row in rows)
+    assert not any(row["prefix"] for row in json.loads(attnres(*arguments, "--tokens", 1, "--json").out)["schedule"])
+    shown = attnres(*arguments, "--tokens", 512).out
+    assert "512 tokens" in shown
+    assert "sources in common" in shown
+
+
 def test_inspect_of_a_converted_model_shows_its_plan(converted: Path, attnres: Callable[..., Result]) -> None:
     content = json.loads(attnres("inspect", converted, "--json").out)
     assert content["converted"] and content["plans"][0]["boundaries"] == [2, 4]
