@@ -174,6 +174,9 @@ def _read(node: fx.Node) -> Read | None:
     listed = isinstance(sources, (list, tuple)) and all(isinstance(source, fx.Node) for source in sources)
     if not listed or not isinstance(query, fx.Node) or value_of(query).dim() != 1:
         return None
+    # A phase 1 over the narrower of several dtypes would round what the mix does not.
+    if any(value_of(source).dtype != value_of(node).dtype for source in sources):
+        return None
     return Read(node, tuple(sources), query, gain, argument(node, 3, "eps", 1e-6), argument(node, 4, "logit_scale", 1.0),
                 argument(node, 5, "normalize_values", False), argument(node, 6, "output_factor", 1.0))
 

@@ -118,6 +118,8 @@ class Sharing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sources = [x * self.weight, x.sin() * self.weight, x.cos() * self.weight]
+        if self.between == "dtypes":
+            sources = [source.float() for source in sources[:2]] + sources[2:]
         queries = list(self.queries)
         total = mix(sources, queries[0]) + mix(sources, queries[1]).tanh()
         match self.between:
@@ -136,7 +138,8 @@ class Sharing(nn.Module):
 
 
 @pytest.mark.parametrize("between, expected", [
-    ("nothing", (0, 1, 0)), ("tokens", (0, 2, 0)), ("change", (0, 2, 0)), ("gradient", (0, 2, 0)), ("several", (1, 1, 0))])
+    ("nothing", (0, 1, 0)), ("tokens", (0, 2, 0)), ("change", (0, 2, 0)), ("gradient", (0, 2, 0)), ("several", (1, 1, 0)),
+    ("dtypes", (4, 0, 0))])
 def test_reads_that_must_stay_apart_stay_apart(between: str, expected: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     model = Sharing(between)
