@@ -175,13 +175,14 @@ def test_body_is_seen_through_and_recomputed(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["non-reentrant", "nested", "regions"])
-def test_body_under_inductor(name: str) -> None:
+@pytest.mark.parametrize("name, schedule", [
+    ("non-reentrant", "one-pass"), ("non-reentrant", "two-phase"), ("nested", "one-pass"), ("regions", "two-phase")])
+def test_body_under_inductor(name: str, schedule: str) -> None:
     """With torch's own random numbers the values and gradients under Inductor are those of the definition."""
     body, again = SEEN[name]
     unwrapped, model = converted(body, dropout=0.2)
     expected, wanted = gradients(unwrapped, seed=4)
-    options = {"inductor": {"fallback_random": True}}
+    options = {"inductor": {"fallback_random": True}, "schedule": schedule}
     RAN.clear()
     torch.manual_seed(4)
     value = torch.compile(model, backend="attnres", options=options)(IDS)
