@@ -30,6 +30,8 @@ aten = torch.ops.aten
 SCHEDULES = ("auto", "one-pass", "two-phase")
 # A query made by more operations than these is left where it is.
 _MOST_MOVED = 16
+# The last-level cache is shared by many cores, and by what the layers themselves read: so many take a part of it.
+_SHARERS = 8
 # Bytes against a one-pass read that make a group of anything that has a source in common.
 _PREFER = 1e15
 
@@ -149,13 +151,13 @@ def machine_of(read: Read, training: bool) -> Machine:
 def _waits_for_memory(reads: Sequence[Read], machine: Machine) -> bool:
     """Whether bytes are what the reads take their time for.
 
-    On the CPU they are not where all sources stay in the last-level cache, nor for elements of two bytes, which take as
-    long to widen as to fetch (measured: benchmarks/NOTES.md).
+    On the CPU they are not where all sources stay in a share of the last-level cache, nor for elements of two bytes,
+    which take as long to widen as to fetch (measured: benchmarks/NOTES.md).
     """
     if value_of(reads[0].node).device.type != "cpu":
         return True
     rows = max(len(read.sources) for read in reads)
-    return machine.element >= 4 and rows * machine.tokens * machine.row > last_level_cache()
+    return machine.element >= 4 and rows * machine.tokens * machine.row > last_level_cache() / _SHARERS
 
 
 @functools.cache

@@ -98,9 +98,9 @@ def test_on_the_cpu_only_what_waits_for_memory_is_grouped(monkeypatch: pytest.Mo
     before, _, _ = rewritten(6, 12)
     rows = max(len(node.args[0]) for node in before.graph.nodes if is_mix(node))
     held = rows * 2 * 32 * 32 * 8
-    monkeypatch.setattr(schedule, "last_level_cache", lambda: held)
+    monkeypatch.setattr(schedule, "last_level_cache", lambda: 8 * held)
     assert schedule_mixes(before, "auto", training=True) is before
-    monkeypatch.setattr(schedule, "last_level_cache", lambda: held - 1)
+    monkeypatch.setattr(schedule, "last_level_cache", lambda: 8 * held - 1)
     assert count(schedule_mixes(before, "auto", training=True))[1] > 0
     model, x = Sharing("nothing").bfloat16(), torch.randn(500, 8, dtype=torch.bfloat16)
     half, _ = capture(model, (x,), {})
