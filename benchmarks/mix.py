@@ -5,6 +5,7 @@
     roofline     a C++ loop that reads the same bytes and writes the same rows (roofline.cpp); every ratio is to it
     inductor     the list form of the mix (no stack), torch.compile
     reference    attnres_fx's reference kernels, eager
+    attn_res     the eager operator of the package attn-res, and the same under Inductor (only if named by --variants)
 
 Far: the calls rotate through so many working sets that none is in a cache when its turn comes (--megabytes). Near: one
 working set, call after call. Variants are called in turn; minimum and median over the rounds. One token is judged by its
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import attn_res
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -40,6 +42,7 @@ from attnres_fx.runtime.mix import MIX_REFERENCE
 
 SOURCES, EPS, CHAIN = 9, 1e-6, 16
 VARIANTS = ("native", "control", "roofline", "inductor", "reference")
+PEERS = ("attn_res", "attn_res, inductor")
 
 
 @dataclass
@@ -141,7 +144,8 @@ def calls_of(case: Case, roofline: Any, inductor: Any) -> dict[str, Callable[[li
 
     mixed = run(lambda s, q, g: attnres_fx.mix(s, q, g, eps=EPS))
     return {"native": mixed, "control": mixed, "roofline": limit, "inductor": run(inductor),
-            "reference": run(lambda s, q, g: MIX_REFERENCE(s, q, g, EPS))}
+            "reference": run(lambda s, q, g: MIX_REFERENCE(s, q, g, EPS)), "attn_res": run(attn_res),
+            "attn_res, inductor": run(torch.compile(attn_res, dynamic=False))}
 
 
 def measure(case: Case, rounds: int, roofline: Any, variants: Sequence[str]) -> list[Result]:
@@ -223,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512, 4096])
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 1024, 2304, 4096])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS + PEERS)
     parser.add_argument("--megabytes", type=float, default=640, help="bytes that the far cases rotate through")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -237,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     if not native.ensure():
         sys.exit(f"no native kernels to measure: {native.state().reason}")
     roofline, results = load_roofline(), []
-    variants = [name for name in VARIANTS if name in chosen.variants or name == "roofline"]
+    variants = [name for name in VARIANTS + PEERS if name in chosen.variants or name == "roofline"]
     for place, make in cases(chosen):
         case = make()
         results += measure(case, chosen.rounds, roofline, variants)
