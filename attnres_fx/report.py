@@ -13,7 +13,7 @@ from attnres_fx.passes.partition import sources_at
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.traffic import Machine, schedule, sources_of_plan
-from attnres_fx.runtime.triton.configs import backward_queries, forward_queries
+from attnres_fx.runtime.triton.configs import queries_per_sweep
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,7 @@ def schedules(plans: Sequence[StreamPlan], tokens: int) -> list[dict[str, Any]]:
     """
     rows = []
     for plan, training in itertools.product(plans, (False, True)):
-        sweep = forward_queries(plan.width)
-        sweep = min(sweep, backward_queries(plan.width)) if training else sweep
-        machine = Machine(plan.width, 2, tokens, training, sweep, plan.key_gain)
+        machine = Machine(plan.width, 2, tokens, training, queries_per_sweep(plan.width, 2, training), plan.key_gain)
         groups = schedule(sources_of_plan(plan.boundaries, plan.num_layers), machine)
         for alone, run in itertools.groupby(groups, key=lambda group: group.prefix == 0):
             parts = list(run)

@@ -23,7 +23,7 @@ from attnres_fx.passes.graph import copy_graph_module, insert_call, value_of
 from attnres_fx.passes.traffic import MOST_QUERIES, Machine, schedule
 from attnres_fx.passes.vocabulary import argument, changes_of, is_mix, is_mutation, memory_of, op_name
 from attnres_fx.runtime.phases import PHASE1, PHASE2
-from attnres_fx.runtime.triton.configs import backward_queries, forward_queries
+from attnres_fx.runtime.triton.configs import queries_per_sweep
 
 aten = torch.ops.aten
 
@@ -143,8 +143,7 @@ def machine_of(read: Read, training: bool) -> Machine:
         tokens *= hinted(size)
     sweep = MOST_QUERIES
     if value.device.type == "cuda":
-        sweep = forward_queries(width, value.element_size())
-        sweep = min(sweep, backward_queries(width)) if training else sweep
+        sweep = queries_per_sweep(width, value.element_size(), training)
     return Machine(width, value.element_size(), tokens, training, sweep, read.key_gain is not None)
 
 

@@ -63,6 +63,12 @@ def backward_queries(width: int) -> int:
     return 2 if width <= 2048 else 1
 
 
+def queries_per_sweep(width: int, element: int, training: bool) -> int:
+    """How many queries read the sources together in every launch that a call or a training step makes."""
+    queries = forward_queries(width, element)
+    return min(queries, backward_queries(width)) if training else queries
+
+
 def backward_tile(
     width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False, phase: int | None = None
 ) -> Tile | None:
