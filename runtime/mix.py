@@ -19,8 +19,8 @@ from . import reference
 from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
 from .cpu import native
+from .operators import LIBRARY, backward_autograd, round_into_new
 
-LIBRARY = torch.library.Library("attnres", "FRAGMENT")
 _ARGUMENTS = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}, "
 _ARGUMENTS += "float output_factor{}"
 # "mix" is served by the fastest kernel there is; "mix_reference" and "mix_triton" always by those they are named after.
@@ -42,11 +42,6 @@ MIX_BACKWARD_REFERENCE = torch.ops.attnres.mix_backward_reference.default
 MIX_TRITON = torch.ops.attnres.mix_triton.default
 MIX_BACKWARD_TRITON = torch.ops.attnres.mix_backward_triton.default
 _BACKWARD_OF = {MIX: MIX_BACKWARD, MIX_REFERENCE: MIX_BACKWARD_REFERENCE, MIX_TRITON: MIX_BACKWARD_TRITON}
-
-
-def round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Copying into a tensor of our own fixes the strides to those the fake kernels announce and rules out aliases."""
-    return torch.empty(shape, dtype=dtype, device=wide.device).copy_(wide)
 
 
 def _mix_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
@@ -190,35 +185,6 @@ def _below_autograd(
     return result
 
 
-class _MixBackward(torch.autograd.Function):
-    """The gradients, and an error for whoever differentiates them again: silence would make constants of them."""
-
-    @staticmethod
-    def forward(ctx: Any, operator: Any, options: tuple[Any, ...], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        grad, query, key_gain, *sources = tensors
-        assert len(sources) == count
-        with below_autograd():
-            return tuple(operator(grad, sources, query, key_gain, *options))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "attnres::mix can be differentiated only once by loss.backward() and torch.autograd.grad. "
-            "For second derivatives use torch.func (grad of grad, hessian)."
-        )
-
-
-def _mix_backward_autograd(
-    operator: Any, grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
-) -> list[Tensor]:
-    tensors = (grad, query, key_gain, *sources)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return list(_MixBackward.apply(operator, options, len(sources), *tensors))
-    with below_autograd():
-        grads: list[Tensor] = operator(grad, sources, query, key_gain, *options)
-    return grads
-
-
 LIBRARY.impl("mix", _mix_kernel, "CompositeExplicitAutograd")
 LIBRARY.impl("mix_backward", _mix_backward_kernel, "CompositeExplicitAutograd")
 LIBRARY.impl("mix_reference", _mix_reference_kernel, "CompositeExplicitAutograd")
@@ -228,14 +194,14 @@ LIBRARY.impl("mix_backward_triton", triton_kernels.mix_backward, "CompositeExpli
 LIBRARY.impl("mix", _mix_gpu, "CUDA")
 LIBRARY.impl("mix_backward", _mix_backward_gpu, "CUDA")
 LIBRARY.impl("mix", partial(_mix_autograd, MIX), "Autograd")
-LIBRARY.impl("mix_backward", partial(_mix_backward_autograd, MIX_BACKWARD), "Autograd")
+LIBRARY.impl("mix_backward", partial(backward_autograd, MIX_BACKWARD), "Autograd")
 LIBRARY.impl("mix_reference", partial(_mix_autograd, MIX_REFERENCE), "Autograd")
-LIBRARY.impl("mix_backward_reference", partial(_mix_backward_autograd, MIX_BACKWARD_REFERENCE), "Autograd")
+LIBRARY.impl("mix_backward_reference", partial(backward_autograd, MIX_BACKWARD_REFERENCE), "Autograd")
 LIBRARY.impl("mix_triton", partial(_mix_autograd, MIX_TRITON), "Autograd")
-LIBRARY.impl("mix_backward_triton", partial(_mix_backward_autograd, MIX_BACKWARD_TRITON), "Autograd")
+LIBRARY.impl("mix_backward_triton", partial(backward_autograd, MIX_BACKWARD_TRITON), "Autograd")
 # Where a native library answers under the autograd key, it hands on to these what autograd has to record.
 LIBRARY.impl("mix_autograd", partial(_mix_autograd, MIX), "CompositeImplicitAutograd")
-LIBRARY.impl("mix_backward_autograd", partial(_mix_backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
+LIBRARY.impl("mix_backward_autograd", partial(backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
 for _name in ("", "_reference", "_triton"):
     for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
         LIBRARY.impl(f"mix{_name}", _mix_composite, _key)

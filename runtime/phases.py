@@ -8,8 +8,6 @@ The kernels here are the reference; native and Triton kernels register themselve
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,15 +17,11 @@ from torch import Tensor
 from . import reference
 from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
-from .cpu import native
-from .mix import LIBRARY, round_into_new
+from .operators import LIBRARY, VARIANTS, backward_autograd, native_or, on_gpu, operator_of, round_into_new
 
-# "" is served by the fastest kernels there are, the others by those they are named after.
-VARIANTS = ("", "_reference", "_triton")
 _READ = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}"
 _DEFAULTS = ("=1e-6", "=1.0", "=False")
 
-# "_autograd" is "", entered where autograd has something to record.
 for _name in (*VARIANTS, "_autograd"):
     for _schema in (
         f"mix_phase1{_name}({_READ.format(*_DEFAULTS)}) -> Tensor[]",
@@ -129,12 +123,12 @@ class _Phase1(torch.autograd.Function):
         ctx.save_for_backward(query, key_gain, *sources)
         ctx.name, ctx.options = name, options
         with below_autograd():
-            return tuple(_operator("mix_phase1", name)(list(sources), query, key_gain, *options))
+            return tuple(operator_of("mix_phase1", name)(list(sources), query, key_gain, *options))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         query, key_gain, *sources = ctx.saved_tensors
-        backward = phase1_backward_composite if in_forward_mode() else _operator("mix_phase1_backward", ctx.name)
+        backward = phase1_backward_composite if in_forward_mode() else operator_of("mix_phase1_backward", ctx.name)
         made = backward(list(grads), sources, query, key_gain, *ctx.options)
         needs = ctx.needs_input_grad[2:]
         wanted = [made[len(sources)], None if key_gain is None else made[len(sources) + 1], *made[: len(sources)]]
@@ -150,7 +144,7 @@ def _phase1_autograd(
     if needs_grad:
         return list(_Phase1.apply(name, _read_defaults(*options), query, key_gain, *sources))
     with below_autograd():
-        made: list[Tensor] = _operator("mix_phase1", name)(sources, query, key_gain, *options)
+        made: list[Tensor] = operator_of("mix_phase1", name)(sources, query, key_gain, *options)
     return made
 
 
@@ -232,13 +226,13 @@ class _Phase2(torch.autograd.Function):
         ctx.save_for_backward(mixed, lse, query, key_gain, *sources)
         ctx.name, ctx.options = name, options
         with below_autograd():
-            made: Tensor = _operator("mix_phase2", name)(mixed, lse, list(sources), query, key_gain, *options)
+            made: Tensor = operator_of("mix_phase2", name)(mixed, lse, list(sources), query, key_gain, *options)
         return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         mixed, lse, query, key_gain, *sources = ctx.saved_tensors
-        backward = phase2_backward_composite if in_forward_mode() else _operator("mix_phase2_backward", ctx.name)
+        backward = phase2_backward_composite if in_forward_mode() else operator_of("mix_phase2_backward", ctx.name)
         made = backward(grad, mixed, lse, sources, query, key_gain, *ctx.options)
         count = 2 + len(sources)
         wanted = [*made[:2], made[count], None if key_gain is None else made[count + 1], *made[2:count]]
@@ -256,7 +250,7 @@ def _phase2_autograd(
         result: Tensor = _Phase2.apply(name, _merge_defaults(*options), mixed, lse, query, key_gain, *sources)
         return result
     with below_autograd():
-        made: Tensor = _operator("mix_phase2", name)(mixed, lse, sources, query, key_gain, *options)
+        made: Tensor = operator_of("mix_phase2", name)(mixed, lse, sources, query, key_gain, *options)
     return made
 
 
@@ -291,52 +285,7 @@ def _phase2_backward_triton(
     return triton_kernels.mix_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
 
 
-def _on_gpu(ours: Any, fallback: Any, first: Tensor | list[Tensor], *rest: Any) -> Any:
-    """Triton where it serves rows of this width: all four operators take rows, or a list that begins with them, first."""
-    serves = triton_kernels.serves(first if isinstance(first, list) else [first])
-    return (ours if serves else fallback)(first, *rest)
-
-
 # ------------------------------------------------------------------------------------------------ registration
-
-
-def _operator(base: str, name: str) -> Any:
-    return getattr(torch.ops.attnres, base + name).default
-
-
-def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
-    flat = itertools.chain.from_iterable(given if isinstance(given, list) else [given] for given in arguments)
-    return [item for item in flat if isinstance(item, Tensor)]
-
-
-def _native_or(kernel: Any, base: str, *arguments: Any) -> Any:
-    """Runs until a native kernel is registered, and after that never again on its device."""
-    if all(tensor.device.type == "cpu" for tensor in _tensors(arguments)) and native.ensure():
-        return _operator(base, "")(*arguments)
-    return kernel(*arguments)
-
-
-class _Once(torch.autograd.Function):
-    """The gradients, and an error for whoever differentiates them again: silence would make constants of them."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        with below_autograd():
-            return tuple(call())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError("the phases of attnres::mix can be differentiated only once by loss.backward() and "
-                                  "torch.autograd.grad. For second derivatives use torch.func (grad of grad, hessian).")
-
-
-def _backward_autograd(base: str, name: str, *arguments: Any) -> list[Tensor]:
-    call, tensors = partial(_operator(base, name), *arguments), _tensors(arguments)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return list(_Once.apply(call, *tensors))
-    with below_autograd():
-        made: list[Tensor] = call()
-    return made
 
 
 for _base, _kernel, _triton in (
@@ -345,17 +294,17 @@ for _base, _kernel, _triton in (
     ("mix_phase2", _phase2_reference, _phase2_triton),
     ("mix_phase2_backward", _phase2_backward_reference, _phase2_backward_triton),
 ):
-    LIBRARY.impl(_base, partial(_native_or, _kernel, _base), "CompositeExplicitAutograd")
-    LIBRARY.impl(_base, partial(_on_gpu, _triton, _kernel), "CUDA")
+    LIBRARY.impl(_base, partial(native_or, _kernel, _base), "CompositeExplicitAutograd")
+    LIBRARY.impl(_base, partial(on_gpu, _triton, _kernel), "CUDA")
     LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_base}_triton", _triton, "CompositeExplicitAutograd")
 # Where a native library answers under the autograd key, it hands on to these what autograd has to record.
 LIBRARY.impl("mix_phase1_autograd", partial(_phase1_autograd, ""), "CompositeImplicitAutograd")
 LIBRARY.impl("mix_phase2_autograd", partial(_phase2_autograd, ""), "CompositeImplicitAutograd")
 for _base in ("mix_phase1_backward", "mix_phase2_backward"):
-    LIBRARY.impl(f"{_base}_autograd", partial(_backward_autograd, _base, ""), "CompositeImplicitAutograd")
+    LIBRARY.impl(f"{_base}_autograd", partial(backward_autograd, operator_of(_base)), "CompositeImplicitAutograd")
     for _name in VARIANTS:
-        LIBRARY.impl(f"{_base}{_name}", partial(_backward_autograd, _base, _name), "Autograd")
+        LIBRARY.impl(f"{_base}{_name}", partial(backward_autograd, operator_of(_base, _name)), "Autograd")
 for _name in VARIANTS:
     LIBRARY.impl(f"mix_phase1{_name}", partial(_phase1_autograd, _name), "Autograd")
     LIBRARY.impl(f"mix_phase2{_name}", partial(_phase2_autograd, _name), "Autograd")

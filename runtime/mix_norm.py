@@ -1,0 +1,257 @@
+"""The operator ``attnres::mix_norm``: the addition that completes a partial sum, the mix, and the norm that reads it.
+
+One operator for what a layer of Block AttnRes begins with. Its backward computes the mix again from the sources, so that
+neither the mix nor its norm has to be kept, and hands out the norm once more for whoever needs it in the backward (the
+gradient of a linear layer's weight does). The fuse pass puts it in the place of the three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._compat import below_autograd, in_forward_mode, in_functorch_transform
+from .norm import Norm
+from .operators import (
+    LIBRARY,
+    VARIANTS,
+    backward_autograd,
+    operator_of,
+    round_into_new,
+    tensors_in,
+)
+
+_READ = "Tensor[] sources, Tensor query, Tensor? key_gain, "
+_EARLY_NORM = "Tensor? mixed, Tensor? lse, Tensor? weight, Tensor? bias, "
+_OPTIONS = "float eps, float logit_scale, bool normalize_values, float output_factor, bool centered, float norm_eps"
+
+for _name in (*VARIANTS, "_autograd"):
+    for _schema in (
+        f"mix_norm{_name}({_READ}Tensor? delta, {_EARLY_NORM}{_OPTIONS}) -> Tensor[]",
+        f"mix_norm_backward{_name}(Tensor grad, Tensor? partial_grad, {_READ}{_EARLY_NORM}{_OPTIONS}) -> Tensor[]",
+    ):
+        LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+MIX_NORM = operator_of("mix_norm")
+MIX_NORM_BACKWARD = operator_of("mix_norm_backward")
+MIX_NORM_REFERENCE = operator_of("mix_norm_reference")
+MIX_NORM_TRITON = operator_of("mix_norm_triton")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The arguments of the operator but for the addition.
+
+    sources: [..., d] each, the completed partial sum last where there is an addition; query [d], key_gain [d] or None;
+    mixed [..., d] and lse [...] are what phase 1 left for this query, or both None; weight and bias [d] of the norm.
+    """
+
+    sources: list[Tensor]
+    query: Tensor
+    key_gain: Tensor | None
+    mixed: Tensor | None
+    lse: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    logit_scale: float
+    normalize_values: bool
+    output_factor: float
+    centered: bool
+    norm_eps: float
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """All rows that are mixed."""
+        return self.sources if self.mixed is None else [*self.sources, self.mixed]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the result: the promoted dtype of the rows."""
+        return reference.result_dtype(self.rows)
+
+    @property
+    def options(self) -> tuple[float, float, bool, float]:
+        return self.eps, self.logit_scale, self.normalize_values, self.output_factor
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.centered, self.weight, self.bias, self.norm_eps)
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """The tensors that receive a gradient, in the order in which the backward gives them."""
+        given = [self.mixed, self.lse, *self.sources, self.query, self.key_gain, self.weight, self.bias]
+        return [tensor for tensor in given if tensor is not None]
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError for arguments that have no meaning."""
+        reference.check_arguments(self.rows, self.query, self.key_gain, self.eps)
+        torch._check_value(len(self.sources) > 0, lambda: "attnres::mix_norm needs at least one source")
+        torch._check_value(self.query.ndim == 1, lambda: (
+            f"attnres::mix_norm: query must be [d], got {tuple(self.query.shape)}"))
+        torch._check_value((self.mixed is None) == (self.lse is None), lambda: (
+            "attnres::mix_norm: give mixed and lse, or neither"))
+        if self.lse is not None:
+            reference.check_shape("lse", self.lse, self.sources[0].shape[:-1], "the positions of the sources")
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            if parameter is not None:
+                reference.check_shape(name, parameter, (self.sources[0].shape[-1],), "the width of the sources")
+
+    def mix(self) -> Tensor:
+        """The mix before its norm and its rounding."""
+        if self.mixed is None or self.lse is None:
+            return reference.mix_forward(self.sources, self.query, self.key_gain, *self.options)
+        return reference.phase2(self.mixed, self.lse, self.sources, self.query, self.key_gain, *self.options)
+
+    def mix_backward(self, grad: Tensor) -> list[Tensor]:
+        """The gradients of the mix: of mixed and lse where there are any, the sources, the query and the gain."""
+        if self.mixed is None or self.lse is None:
+            return reference.mix_backward(grad, self.sources, self.query, self.key_gain, *self.options)
+        return reference.phase2_backward(grad, self.mixed, self.lse, self.sources, self.query, self.key_gain, *self.options)
+
+
+def _reading(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any
+) -> Reading:
+    """The checked arguments of a forward, its sources as they were given."""
+    reading = Reading(sources, query, key_gain, *rest)
+    reading.check()
+    if delta is not None:
+        reference.check_shape("delta", delta, sources[-1].shape, "the shape of the source that it completes")
+        torch._check_type(delta.dtype == sources[-1].dtype, lambda: (
+            f"attnres::mix_norm: delta is {delta.dtype}, the source that it completes {sources[-1].dtype}"))
+    return reading
+
+
+def mix_norm_composite(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    """The operator as differentiable torch operations: [normed], or [normed, partial] with a ``delta``."""
+    reading = _reading(sources, query, key_gain, delta, *rest)
+    if delta is None:
+        return [reading.norm.forward(reading.mix()).to(reading.dtype)]
+    partial_sum = sources[-1] + delta
+    reading = replace(reading, sources=[*sources[:-1], partial_sum])
+    return [reading.norm.forward(reading.mix()).to(reading.dtype), partial_sum]
+
+
+def _reference(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    made = mix_norm_composite(sources, query, key_gain, delta, *rest)
+    return [round_into_new(rows, rows.shape, rows.dtype) for rows in made]
+
+
+def _fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any) -> list[Tensor]:
+    reading = _reading(sources, query, key_gain, delta, *rest)
+    normed = sources[-1].new_empty(sources[-1].shape, dtype=reading.dtype)
+    return [normed] if delta is None else [normed, sources[-1].new_empty(sources[-1].shape)]
+
+
+def _checked(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> Reading:
+    reading = Reading(*rest)
+    reading.check()
+    for name, given in (("grad", grad), ("partial_grad", partial_grad)):
+        if given is not None:
+            reference.check_shape(name, given, reading.sources[0].shape, "the shape of the sources")
+    return reading
+
+
+def mix_norm_backward_composite(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> list[Tensor]:
+    """The norm again, then the gradients of ``Reading.targets``; that of the last source includes ``partial_grad``."""
+    reading = _checked(grad, partial_grad, *rest)
+    mixed = reading.mix()
+    normed, before, parameters = reading.norm.backward(grad.to(mixed.dtype), mixed)
+    grads = reading.mix_backward(before)
+    if partial_grad is not None:
+        place = len(reading.sources) - 1 + (0 if reading.mixed is None else 2)
+        grads[place] = grads[place] + partial_grad
+    made = [wide.to(target.dtype) for wide, target in zip([*grads, *parameters], reading.targets, strict=True)]
+    return [normed.to(reading.dtype), *made]
+
+
+def _backward_reference(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> list[Tensor]:
+    made = mix_norm_backward_composite(grad, partial_grad, *rest)
+    return [round_into_new(wide, wide.shape, wide.dtype) for wide in made]
+
+
+def _backward_fake(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> list[Tensor]:
+    reading = _checked(grad, partial_grad, *rest)
+    normed = grad.new_empty(grad.shape, dtype=reading.dtype)
+    return [normed, *(target.new_empty(target.shape) for target in reading.targets)]
+
+
+class _MixNorm(torch.autograd.Function):
+    """Flat arguments: an autograd.Function does not look for tensors inside lists."""
+
+    @staticmethod
+    def forward(ctx: Any, variant: str, options: tuple[Any, ...], query: Tensor, key_gain: Tensor | None,
+                delta: Tensor | None, mixed: Tensor | None, lse: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+                *sources: Tensor) -> tuple[Tensor, ...]:
+        with below_autograd():
+            made = operator_of("mix_norm", variant)(
+                list(sources), query, key_gain, delta, mixed, lse, weight, bias, *options)
+        last = sources[-1] if delta is None else made[1]
+        ctx.save_for_backward(query, key_gain, mixed, lse, weight, bias, *sources[:-1], last)
+        ctx.variant, ctx.options, ctx.added = variant, options, delta is not None
+        ctx.set_materialize_grads(False)
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, partial_grad: Tensor | None = None) -> tuple[Any, ...]:
+        query, key_gain, mixed, lse, weight, bias, *sources = ctx.saved_tensors
+        if grad is None:
+            nothing = [None] * (len(ctx.needs_input_grad) - 10)
+            return None, None, None, None, partial_grad, None, None, None, None, *nothing, partial_grad
+        backward = mix_norm_backward_composite if in_forward_mode() else operator_of("mix_norm_backward", ctx.variant)
+        given = (mixed, lse, weight, bias)
+        _, *made = backward(grad, partial_grad, list(sources), query, key_gain, *given, *ctx.options)
+        found = iter(made)
+        early = [next(found) if tensor is not None else None for tensor in (mixed, lse)]
+        source_grads = [next(found) for _ in sources]
+        parameters = [next(found) if tensor is not None else None for tensor in (query, key_gain, weight, bias)]
+        delta_grad = source_grads[-1] if ctx.added else None
+        wanted = [*parameters[:2], delta_grad, *early, *parameters[2:], *source_grads]
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *(own if need else None for own, need in zip(wanted, needs, strict=True))
+
+
+def _autograd(
+    variant: str, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None,
+    mixed: Tensor | None, lse: Tensor | None, weight: Tensor | None, bias: Tensor | None, *options: Any,
+) -> list[Tensor]:
+    given = (query, key_gain, delta, mixed, lse, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in([sources, *given]))
+    if in_forward_mode() or (needs_grad and in_functorch_transform()):
+        return mix_norm_composite(sources, query, key_gain, delta, mixed, lse, weight, bias, *options)
+    if needs_grad:
+        return list(_MixNorm.apply(variant, options, *given, *sources))
+    with below_autograd():
+        made: list[Tensor] = operator_of("mix_norm", variant)(
+            sources, query, key_gain, delta, mixed, lse, weight, bias, *options)
+    return made
+
+
+for _base, _kernel, _composite, _fake_kernel in (
+    ("mix_norm", _reference, mix_norm_composite, _fake),
+    ("mix_norm_backward", _backward_reference, mix_norm_backward_composite, _backward_fake),
+):
+    LIBRARY.impl(_base, _kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
+    for _name in VARIANTS:
+        for _key in ("FuncTorchBatched", "Batched"):
+            LIBRARY.impl(f"{_base}{_name}", _composite, _key)
+        torch.library.register_fake(f"attnres::{_base}{_name}", _fake_kernel, lib=LIBRARY)
+for _name in VARIANTS:
+    LIBRARY.impl(f"mix_norm{_name}", partial(_autograd, _name), "Autograd")
+    _backward = operator_of("mix_norm_backward", _name)
+    LIBRARY.impl(f"mix_norm_backward{_name}", partial(backward_autograd, _backward), "Autograd")
+# Where a native library answers under the autograd key, it hands on to these what autograd has to record.
+LIBRARY.impl("mix_norm_autograd", partial(_autograd, ""), "CompositeImplicitAutograd")
+LIBRARY.impl("mix_norm_backward_autograd", partial(backward_autograd, MIX_NORM_BACKWARD), "CompositeImplicitAutograd")
