@@ -6,19 +6,26 @@ works without an import.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+import attnres_fx.passes
+import attnres_fx.runtime
 from attnres_fx.options import Options
 from attnres_fx.passes._compat import run_aot_eager, run_inductor
+from attnres_fx.passes.fuse import fuse_mixes
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.recognize import Recognized, recognize
+from attnres_fx.passes.reread import reread_norms
 from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.select import select_kernels
 from attnres_fx.runtime.errors import OptionError
@@ -63,14 +70,32 @@ def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Optio
     """Hand a graph, with the schedule and the kernels that the options name, to the compiler that they name."""
     wished = "one-pass" if options.schedule == "auto" and options.downstream != "inductor" else options.schedule
     gm = schedule_mixes(gm, wished, training=torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs))
+    if options.fuse == "always":
+        gm = fuse_mixes(gm)
     gm = select_kernels(gm, options.kernels)
+    joint_pass = reread_norms if any(_is_ours(node) for node in gm.graph.nodes) else None
     match options.downstream:
         case "eager":
             return gm.forward
         case "aot_eager":
-            return run_aot_eager(gm, inputs)
+            return run_aot_eager(gm, inputs, joint_pass)
         case _:
-            return run_inductor(gm, inputs, dict(options.inductor))
+            return run_inductor(gm, inputs, dict(options.inductor), joint_pass, source_hash())
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "attnres"
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of this package's own files: torch's caches see neither what its passes do nor what its operators compute."""
+    digest = hashlib.sha256()
+    for package in (attnres_fx, attnres_fx.passes, attnres_fx.runtime):
+        for file in sorted(Path(package.__path__[0]).rglob("*")):
+            if file.suffix in (".py", ".h", ".cpp"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _requires_grad(value: Any) -> bool:

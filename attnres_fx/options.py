@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from attnres_fx.passes.fuse import FUSIONS
 from attnres_fx.passes.plan import MIX_SCALES
 from attnres_fx.passes.schedule import SCHEDULES
 from attnres_fx.passes.select import KERNELS
@@ -25,6 +26,8 @@ class Options:
     inductor: configuration patches handed on to Inductor.
     schedule: how mixes read their sources: "auto", in two phases where a model of bytes moved says so (the debugging
         downstreams read in one pass); "one-pass", always; "two-phase", wherever consecutive mixes have sources in common.
+    fuse: whether a mix becomes one operator with the norm that alone reads it and with the addition before it: "always", or
+        "never", which "auto" is so far.
     kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
         kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU in
         Triton's interpreter alone.
@@ -37,6 +40,7 @@ class Options:
     downstream: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     schedule: str = "auto"
+    fuse: str = "auto"
     kernels: str = "auto"
 
     @staticmethod
@@ -60,7 +64,7 @@ class Options:
     def _check(self) -> None:
         if self.downstream not in DOWNSTREAMS:
             raise OptionError(f"downstream is {self.downstream!r}", remedy=f"give one of {', '.join(DOWNSTREAMS)}")
-        for name, known in (("kernels", KERNELS), ("schedule", SCHEDULES)):
+        for name, known in (("kernels", KERNELS), ("schedule", SCHEDULES), ("fuse", FUSIONS)):
             given = getattr(self, name)
             if given not in known:
                 near = difflib.get_close_matches(str(given), known, n=1)

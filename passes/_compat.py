@@ -58,14 +58,38 @@ def propagate_fake(gm: fx.GraphModule, args: Sequence[Any]) -> None:
     FakeTensorProp(gm, mode).propagate(*args)
 
 
-def run_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    """Hand a graph to Inductor with configuration patches."""
-    from torch._inductor.compile_fx import compile_fx
+def run_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any],
+    joint_pass: Callable[[fx.Graph], None] | None = None, identity: str = "",
+) -> Callable[..., Any]:
+    """Hand a graph to Inductor with configuration patches.
 
+    ``joint_pass`` runs on the joint graph, before the passes that others have asked for; ``identity`` stands for it, and
+    for everything else that the graph alone does not tell, in the keys of torch's caches.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+
+    class JointPass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            assert joint_pass is not None
+            joint_pass(graph)
+
+        def uuid(self) -> str:
+            return identity
+
+    if joint_pass is not None:
+        theirs = get_custom_graph_passes(patches.get(_JOINT_PASS, getattr(torch._inductor.config, _JOINT_PASS)))
+        patches = {**patches, _JOINT_PASS: [JointPass(), *theirs]}
     return compile_fx(gm, list(inputs), config_patches=patches or None)
 
 
-def run_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+_JOINT_PASS = "joint_custom_pre_pass"
+
+
+def run_aot_eager(
+    gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: Callable[[fx.Graph], None] | None = None
+) -> Callable[..., Any]:
     """Run a graph through AOTAutograd with the min-cut partitioner, and its two halves eagerly."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._functorch.aot_autograd import aot_module_simplified
@@ -73,9 +97,30 @@ def run_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(graph.forward)
 
-    return aot_module_simplified(
-        gm, list(inputs), fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
-    )
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if joint_pass is not None:
+            joint_pass(joint.graph)
+        halves: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(joint, *args, **kwargs)
+        return halves
+
+    return aot_module_simplified(gm, list(inputs), fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)
+
+
+def is_backward_node(node: fx.Node) -> bool:
+    """Whether AOTAutograd traced a node of a joint graph in the backward."""
+    return bool(node.meta.get("partitioner_tag") == "is_backward")
+
+
+def mark_backward(node: fx.Node) -> None:
+    """Say that a node is of the backward, as AOTAutograd says it."""
+    node.meta["partitioner_tag"] = "is_backward"
+
+
+def sort_topologically(graph: fx.Graph) -> None:
+    """Put the nodes of a graph in an order in which each comes after its inputs, changing as little as possible."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
 
 
 def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None,

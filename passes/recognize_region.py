@@ -91,7 +91,7 @@ class Region:
         for node, known in self.proposal.aliases:
             env[node] = env[known]
         for node in self.proposal.region:
-            env[node] = self._call(node, env)
+            env[node] = call_neutral(node, env, self.sizes)
             if node is until:
                 break
         return env
@@ -108,30 +108,35 @@ class Region:
         shape = self.source_shape()
         return torch.stack([torch.ones(shape, dtype=torch.float64) if s is None else s for s in slices], axis)
 
-    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        name = op_name(node)
 
-        def argument_of(source: fx.Node) -> Any:
-            return env[source] if source in env else value_of(source)
+def call_neutral(node: fx.Node, env: dict[fx.Node, Any], sizes: dict[int, int]) -> Any:
+    """What ``node`` makes of the values in ``env``, its casts and dtype arguments neutralised.
 
-        args, kwargs = fx.map_arg((node.args, node.kwargs), argument_of)
-        args, kwargs = torch.utils._pytree.tree_map(lambda value: _neutral(value, self.sizes), (args, kwargs))
-        if name in _RESIZED and self.sizes:
-            args, kwargs = torch.utils._pytree.tree_map(
-                lambda value: self.sizes.get(value, value) if type(value) is int else value, (args, kwargs))
-        first = args[0] if args else None
-        if name in {"float", "half", "bfloat16", "double"} or (name == "type" and isinstance(first, Tensor)):
-            return first.to(torch.float64) if isinstance(first, Tensor) else first
-        if name in {"cuda", "cpu"}:
-            return first
-        if name in {"rms_norm", "_fused_rms_norm"} and argument(node, 3, "eps") is None:
-            source = argument(node, 0, "input")
-            kwargs = {key: value for key, value in kwargs.items() if key != "eps"}
-            return _function(node)(*args[:3], *([None] * (3 - len(args)) if "weight" not in kwargs else []),
-                                   eps=default_eps(value_of(source).dtype), **kwargs)
-        if node.op == "call_method":
-            return getattr(first, str(node.target))(*args[1:], **kwargs)
-        return _function(node)(*args, **kwargs)
+    ``sizes`` says what becomes of traced sizes that stand in its arguments.
+    """
+    name = op_name(node)
+
+    def argument_of(source: fx.Node) -> Any:
+        return env[source] if source in env else value_of(source)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), argument_of)
+    args, kwargs = torch.utils._pytree.tree_map(lambda value: _neutral(value, sizes), (args, kwargs))
+    if name in _RESIZED and sizes:
+        args, kwargs = torch.utils._pytree.tree_map(
+            lambda value: sizes.get(value, value) if type(value) is int else value, (args, kwargs))
+    first = args[0] if args else None
+    if name in {"float", "half", "bfloat16", "double"} or (name == "type" and isinstance(first, Tensor)):
+        return first.to(torch.float64) if isinstance(first, Tensor) else first
+    if name in {"cuda", "cpu"}:
+        return first
+    if name in {"rms_norm", "_fused_rms_norm"} and argument(node, 3, "eps") is None:
+        source = argument(node, 0, "input")
+        kwargs = {key: value for key, value in kwargs.items() if key != "eps"}
+        return _function(node)(*args[:3], *([None] * (3 - len(args)) if "weight" not in kwargs else []),
+                               eps=default_eps(value_of(source).dtype), **kwargs)
+    if node.op == "call_method":
+        return getattr(first, str(node.target))(*args[1:], **kwargs)
+    return _function(node)(*args, **kwargs)
 
 
 def _function(node: fx.Node) -> Callable[..., Any]:

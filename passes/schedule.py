@@ -20,16 +20,15 @@ from torch import fx
 
 from attnres_fx.passes._compat import hinted
 from attnres_fx.passes.graph import copy_graph_module, insert_call, value_of
+from attnres_fx.passes.moving import changes_near, keep_tags, movable_calls, move_before
 from attnres_fx.passes.traffic import MOST_QUERIES, Machine, schedule
-from attnres_fx.passes.vocabulary import argument, changes_of, is_mix, is_mutation, memory_of, op_name
+from attnres_fx.passes.vocabulary import argument, is_mix, op_name
 from attnres_fx.runtime.phases import PHASE1, PHASE2
 from attnres_fx.runtime.triton.configs import queries_per_sweep
 
 aten = torch.ops.aten
 
 SCHEDULES = ("auto", "one-pass", "two-phase")
-# A query made by more operations than these is left where it is.
-_MOST_MOVED = 16
 # The last-level cache is shared by many cores, and by what the layers themselves read: so many take a part of it.
 _SHARERS = 8
 # Bytes against a one-pass read that make a group of anything that has a source in common.
@@ -81,9 +80,9 @@ def schedule_graph(graph: fx.Graph, wished: str, training: bool) -> bool:
     changed = False
     for reads in families(graph):
         order = {node: place for place, node in enumerate(graph.nodes)}
-        movable = [_movable((read.query, read.key_gain)) for read in reads]
+        movable = [movable_calls((read.query, read.key_gain)) for read in reads]
         known: dict[fx.Node, list[int]] = {}
-        changed_at = [_changes((*read.sources, read.query, read.key_gain, *(calls or ())), order, known)
+        changed_at = [changes_near((*read.sources, read.query, read.key_gain, *(calls or ())), order, known)
                       for read, calls in zip(reads, movable)]
 
         def joinable(first: int, later: int, reads: Sequence[Read] = reads, order: dict[fx.Node, int] = order,
@@ -120,18 +119,6 @@ def families(graph: fx.Graph) -> list[list[Read]]:
             if read is not None:
                 found.setdefault((*read.family, recorded, level), []).append(read)
     return list(found.values())
-
-
-def _changes(
-    parts: Sequence[fx.Node | None], order: dict[fx.Node, int], known: dict[fx.Node, list[int]]
-) -> list[int]:
-    """Where one of ``parts``, or what it is computed from directly, is changed in place; ``known`` keeps what was found."""
-    found: list[int] = []
-    for root in {memory_of(near) for part in parts if part is not None for near in (part, *part.all_input_nodes)}:
-        if root not in known:
-            known[root] = [order[change] for change in changes_of(root)]
-        found += known[root]
-    return found
 
 
 def machine_of(read: Read, training: bool) -> Machine:
@@ -182,29 +169,13 @@ def _read(node: fx.Node) -> Read | None:
                 argument(node, 5, "normalize_values", False), argument(node, 6, "output_factor", 1.0))
 
 
-def _movable(parts: Sequence[fx.Node | None]) -> list[fx.Node] | None:
-    """The few calls that ``parts`` are made by, back to the inputs of the graph, in no order; None if they must stay."""
-    pending = [part for part in parts if part is not None]
-    found: list[fx.Node] = []
-    while pending:
-        node = pending.pop()
-        if node.op in ("placeholder", "get_attr") or node in found:
-            continue
-        stays = node.op not in ("call_function", "call_method") or node.is_impure() or is_mutation(node) or is_mix(node)
-        if stays or len(found) == _MOST_MOVED:
-            return None
-        found.append(node)
-        pending += node.all_input_nodes
-    return found
-
-
 def _split(reads: Sequence[Read], moved: Sequence[list[fx.Node] | None], prefix: int) -> None:
     """Put the two phases in the place of a group of mixes."""
     first = reads[0]
     graph, like = first.node.graph, first.node
     queries = len(reads)
     for calls in moved:
-        _move_before(first.node, calls or [])
+        move_before(first.node, calls or [])
     with graph.inserting_before(first.node):
         stacked = insert_call(graph, aten.stack.default, ([read.query for read in reads],), like=like)
         gains = None
@@ -214,7 +185,7 @@ def _split(reads: Sequence[Read], moved: Sequence[list[fx.Node] | None], prefix:
         record = {"role": "phase 1", "sources": prefix, "queries": queries}
         common = list(first.sources[:prefix])
         early = insert_call(graph, PHASE1, (common, stacked, gains, *options), like=like, record=record)
-        _keep_tags(first.node, early)
+        keep_tags(first.node, early)
     values = value_of(early)
     for place, read in enumerate(reads):
         with graph.inserting_before(read.node):
@@ -228,19 +199,6 @@ def _split(reads: Sequence[Read], moved: Sequence[list[fx.Node] | None], prefix:
                     like=read.node, value=value_of(read.node), record=read.node.meta.get("attnres"))
             elif read.output_factor != 1.0:
                 node = insert_call(graph, aten.mul.Tensor, (node, read.output_factor), like=read.node)
-            _keep_tags(read.node, node)
+            keep_tags(read.node, node)
         read.node.replace_all_uses_with(node)
         graph.erase_node(read.node)
-
-
-def _move_before(place: fx.Node, calls: Sequence[fx.Node]) -> None:
-    """Move those of ``calls`` that stand behind ``place`` in front of it; with their inputs, which are among them."""
-    late = [node for node in calls if node > place]
-    for node in sorted(late):
-        place.prepend(node)
-
-
-def _keep_tags(source: fx.Node, made: fx.Node) -> None:
-    for tag in ("recompute", "ac_graph_id"):
-        if tag in source.meta:
-            made.meta[tag] = source.meta[tag]

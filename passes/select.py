@@ -1,8 +1,8 @@
 """Select: put the wished kernels behind the mixes of a rewritten graph.
 
-Matches: ``attnres::mix`` nodes and the two phases. Replaces with: the operator that always runs the named implementation,
-where one is named. "auto" and "native" leave the operators that choose by device when they run; "native" makes sure what
-they will choose.
+Matches: ``attnres::mix`` nodes, the two phases and ``attnres::mix_norm``. Replaces with: the operator that always runs the
+named implementation, where one is named. "auto" and "native" leave the operators that choose by device
+when they run; "native" makes sure what they will choose.
 The last pass: others need not know the operators.
 """
 
@@ -17,10 +17,13 @@ from attnres_fx.runtime import triton
 from attnres_fx.runtime.cpu import native
 from attnres_fx.runtime.errors import KernelError
 from attnres_fx.runtime.mix import MIX, MIX_REFERENCE, MIX_TRITON
+from attnres_fx.runtime.mix_norm import MIX_NORM, MIX_NORM_REFERENCE, MIX_NORM_TRITON
 from attnres_fx.runtime.phases import PHASE1, PHASE1_REFERENCE, PHASE1_TRITON, PHASE2, PHASE2_REFERENCE, PHASE2_TRITON
 
-_OPERATORS = {"reference": {MIX: MIX_REFERENCE, PHASE1: PHASE1_REFERENCE, PHASE2: PHASE2_REFERENCE},
-              "triton": {MIX: MIX_TRITON, PHASE1: PHASE1_TRITON, PHASE2: PHASE2_TRITON}, "native": {}}
+_CHOOSING = (MIX, PHASE1, PHASE2, MIX_NORM)
+_OPERATORS: dict[str, dict[Any, Any]] = {
+    "reference": dict(zip(_CHOOSING, (MIX_REFERENCE, PHASE1_REFERENCE, PHASE2_REFERENCE, MIX_NORM_REFERENCE))),
+    "triton": dict(zip(_CHOOSING, (MIX_TRITON, PHASE1_TRITON, PHASE2_TRITON, MIX_NORM_TRITON))), "native": {}}
 KERNELS = ("auto", "native", "reference", "triton")
 
 
@@ -47,9 +50,9 @@ def select_kernels(gm: fx.GraphModule, kernels: str) -> fx.GraphModule:
 
 
 def _operator(node: fx.Node) -> Any:
-    """The operator of a mix or a phase that chooses its kernels when it runs; None for anything else."""
+    """The operator of a mix, a phase or a fused mix that chooses its kernels when it runs; None for anything else."""
     # Dynamo records the packet where a user's code calls torch.ops.attnres.mix without naming an overload.
-    return next((operator for operator in (MIX, PHASE1, PHASE2)
+    return next((operator for operator in _CHOOSING
                  if node.op == "call_function" and node.target in (operator, operator.overloadpacket)), None)
 
 

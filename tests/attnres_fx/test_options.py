@@ -162,7 +162,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Inductor's patches of every graph that is handed on."""
     seen: list[dict[str, Any]] = []
 
-    def record(gm: Any, inputs: Any, patches: dict[str, Any]) -> Any:
+    def record(gm: Any, inputs: Any, patches: dict[str, Any], *joint: Any) -> Any:
         seen.append(patches)
         return gm.forward
 

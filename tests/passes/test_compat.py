@@ -81,6 +81,37 @@ def test_downstream_compilers_run_a_copied_graph_with_gradients(downstream: str)
     assert module.inner.weight.grad is not None
 
 
+@pytest.mark.parametrize("downstream", ["inductor", "aot_eager"])
+def test_a_joint_pass_sees_both_halves_and_others_run_after_it(downstream: str) -> None:
+    seen: list[str] = []
+
+    def ours(graph: fx.Graph) -> None:
+        seen.append("ours")
+        kinds = [_compat.is_backward_node(node) for node in graph.nodes if node.op == "call_function"]
+        assert any(kinds) and not all(kinds)
+        last = next(reversed(graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)))
+        _compat.mark_backward(last)
+        assert _compat.is_backward_node(last)
+        _compat.sort_topologically(graph)
+        graph.lint()
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        gm = copy_graph_module(gm)
+        if downstream == "aot_eager":
+            return _compat.run_aot_eager(gm, inputs, ours)
+        patches = {"joint_custom_pre_pass": lambda graph: seen.append("theirs"), "force_disable_caches": True}
+        return _compat.run_inductor(gm, inputs, patches, ours, "identity")
+
+    class Sine(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sin()
+
+    module, x = Sine(), torch.randn(2, 4)
+    _, result = traced(module, x, backend=backend)
+    result.sum().backward()
+    assert seen == (["ours", "theirs"] if downstream == "inductor" else ["ours"])
+
+
 def test_inductor_takes_patches() -> None:
     module, x = Small(), torch.randn(2, 4)
     with pytest.raises(Exception, match="no_such_setting"):

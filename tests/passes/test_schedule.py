@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
@@ -10,12 +9,12 @@ import models
 import pytest
 import torch
 from models import relative
+from rewritten import rewritten, values_and_gradients
 from torch import Tensor, fx, nn
 
 import attnres_fx
 from attnres_fx.passes import schedule
 from attnres_fx.passes.capture import capture
-from attnres_fx.passes.lower import lower_marked
 from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.vocabulary import is_mix
 from attnres_fx.runtime.mix import mix
@@ -32,30 +31,6 @@ def count(gm: fx.GraphModule) -> tuple[int, int, int]:
     """(mixes, phases 1, phases 2)."""
     targets = [node.target for node in gm.graph.nodes]
     return sum(map(is_mix, gm.graph.nodes)), targets.count(PHASE1), targets.count(PHASE2)
-
-
-@functools.cache
-def rewritten(
-    num_layers: int, num_blocks: int, *, mix_scale: str = "paper", shape: tuple[int, int] = (2, 32)
-) -> tuple[Any, ...]:
-    """The rewritten graph of a small Llama in float64 with random queries, its inputs, and those that take gradients."""
-    model = models.llama(num_layers).double()
-    ids = models.token_ids(*shape)
-    attnres_fx.convert(model, ids, num_blocks=num_blocks, mix_scale=mix_scale)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.attnres.parameters():
-            parameter += 0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    captured, inputs = capture(model, (ids,), {})
-    leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-    return lower_marked(captured)[0], inputs, leaves
-
-
-def values_and_gradients(gm: fx.GraphModule, inputs: list[Any], leaves: list[Tensor]) -> list[Tensor]:
-    outputs = [value for value in gm(*inputs) if isinstance(value, Tensor) and value.is_floating_point()]
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((value * torch.randn(value.shape, generator=generator, dtype=value.dtype)).sum() for value in outputs)
-    return [*outputs, *torch.autograd.grad(loss, leaves, allow_unused=True)]
 
 
 def assert_same(before: fx.GraphModule, after: fx.GraphModule, inputs: list[Any], leaves: list[Tensor]) -> None:
