@@ -1,13 +1,16 @@
 """Whole models side by side, all compiled: plain, converted through the backend ``attnres``, the paper's pseudocode.
 
-One Llama-like model of 8 transformer layers (16 residual additions) in four variants, called in turn in one run:
+One Llama-like model of 8 transformer layers (16 residual additions) in these variants, called in turn in one run:
 
     plain        torch.compile(model), the residual network
     control      the same compiled function once more: what the machine's noise makes of nothing (A/A)
     attnres      converted (8 blocks), torch.compile(model, backend="attnres")
+    unfused      the same with options={"fuse": "never"}: additions, mixes and norms by themselves
+    two-phase    the same with options={"schedule": "two-phase"}
     pseudocode   the same network as the paper writes it down, stack and einsum for every mix, torch.compile(model)
 
-Every ratio is to ``plain``. A ratio nearer to 1 than the control's spread is printed as "not resolvable".
+Every ratio is to ``plain``: of the minima, of the medians, and the median of the ratios within a round, which other
+programs disturb least. A ratio nearer to 1 than the control's is printed as "not resolvable".
 """
 
 from __future__ import annotations
@@ -153,9 +156,16 @@ CASES = [
 QUICK = [Case("quick-inference", 64, 1, 16, layers=2), Case("quick-training", 64, 1, 16, training=True, layers=2)]
 
 
+# The variants of a converted model: the options of the backend.
+OPTIONS: dict[str, dict[str, Any]] = {"attnres": {}, "unfused": {"fuse": "never"}, "two-phase": {"schedule": "two-phase"}}
+VARIANTS = ("plain", "control", *OPTIONS, "pseudocode")
+DEFAULT = ("plain", "control", "attnres", "pseudocode")
+
+
 @dataclass
 class Result:
-    """Milliseconds of one variant, and the ratios of its minimum and median to those of ``plain``."""
+    """Milliseconds of one variant, the ratios of its minimum and median to those of ``plain``, and the median of the ratios
+    within a round."""
 
     case: str
     variant: str
@@ -164,11 +174,12 @@ class Result:
     median_ms: float
     min_ratio: float
     median_ratio: float
+    paired_ratio: float
     resolvable: bool
     deviation: float
 
 
-def build(case: Case) -> dict[str, nn.Module]:
+def build(case: Case, variants: Sequence[str]) -> dict[str, nn.Module]:
     """The variants with the same weights, and the same queries where there are queries."""
     torch.manual_seed(0)
     plain = Plain(case.width, case.layers).to(getattr(torch, case.dtype)).train(case.training)
@@ -176,8 +187,12 @@ def build(case: Case) -> dict[str, nn.Module]:
     converted = attnres_fx.convert(copy.deepcopy(plain), ids, num_blocks=BLOCKS, eps=EPS)
     stream = converted.attnres.stream
     nn.init.normal_(stream.query, std=case.width**-0.5)
-    pseudocode = Pseudocode(copy.deepcopy(plain), stream.query.detach(), stream.key_gain.detach(), BLOCKS)
-    return {"plain": plain, "attnres": converted, "pseudocode": pseudocode}
+    models: dict[str, nn.Module] = {"plain": plain}
+    # Each a model of its own: torch keeps what it compiled with the model.
+    models.update({name: copy.deepcopy(converted) for name in variants if name in OPTIONS})
+    if "pseudocode" in variants:
+        models["pseudocode"] = Pseudocode(copy.deepcopy(plain), stream.query.detach(), stream.key_gain.detach(), BLOCKS)
+    return models
 
 
 def call_of(case: Case, model: nn.Module, compiled: Callable[[Tensor], Tensor], ids: Tensor) -> Callable[[], Tensor]:
@@ -204,24 +219,24 @@ def first_call(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
         return time.perf_counter() - begin, result
 
 
-def measure(case: Case, rounds: int) -> list[Result]:
-    """Compile all variants, then call them in turn."""
+def measure(case: Case, rounds: int, variants: Sequence[str] = DEFAULT) -> list[Result]:
+    """Compile the variants, then call them in turn."""
     torch._dynamo.reset()
-    models = build(case)
+    models = build(case, variants)
     ids = torch.randint(256, (case.batch, case.tokens), generator=torch.Generator().manual_seed(1))
     calls: dict[str, Callable[[], Tensor]] = {}
     first: dict[str, float] = {}
     outputs: dict[str, Tensor] = {}
     for name, model in models.items():
-        compiled: Any = torch.compile(model, backend="attnres" if name == "attnres" else "inductor")
-        calls[name] = call_of(case, model, compiled, ids)
+        ours: Any = {"backend": "attnres", "options": OPTIONS[name]} if name in OPTIONS else {}
+        calls[name] = call_of(case, model, torch.compile(model, **ours), ids)
         first[name], outputs[name] = first_call(calls[name])
-    order = ["plain", "attnres", "pseudocode", "control"]
+    order = [name for name in VARIANTS if name in models or name == "control"]
     calls["control"], first["control"] = calls["plain"], first["plain"]
     taken: dict[str, list[float]] = {name: [] for name in order}
     for number in range(rounds + 1):
-        turn = order[number % 4 :] + order[: number % 4]  # nobody is always first
-        for name in turn:
+        start = number % len(order)  # nobody is always first
+        for name in order[start:] + order[:start]:
             begin = time.perf_counter()
             outputs[name] = calls[name]()
             if number:
@@ -232,27 +247,30 @@ def measure(case: Case, rounds: int) -> list[Result]:
 def summarize(
     case: Case, taken: dict[str, list[float]], first: dict[str, float], outputs: dict[str, Tensor]
 ) -> list[Result]:
-    """Ratios, each held against what the control shows of noise."""
-    low, middle = min(taken["plain"]), statistics.median(taken["plain"])
-    spread = max(abs(min(taken["control"]) / low - 1), abs(statistics.median(taken["control"]) / middle - 1))
+    """Ratios, each held against what the control shows of noise; values, against those of the converted model."""
+    plain = taken["plain"]
+    ratios = {name: (min(times) / min(plain), statistics.median(times) / statistics.median(plain),
+                     statistics.median(one / other for one, other in zip(times, plain, strict=True)))
+              for name, times in taken.items()}
+    spread = abs(ratios["control"][2] - 1)
     results = []
-    for name in ("plain", "control", "attnres", "pseudocode"):
-        low_ratio, middle_ratio = min(taken[name]) / low, statistics.median(taken[name]) / middle
-        clear = min(abs(low_ratio - 1), abs(middle_ratio - 1)) > spread and (low_ratio > 1) == (middle_ratio > 1)
-        ours, theirs = outputs[name].double(), outputs["pseudocode" if name == "attnres" else name].double()
-        results.append(Result(case.name, name, first[name], min(taken[name]), statistics.median(taken[name]), low_ratio,
-                              middle_ratio, clear and name not in ("plain", "control"),
+    for name, times in taken.items():
+        clear = name not in ("plain", "control") and abs(ratios[name][2] - 1) > spread
+        like = "plain" if name in ("plain", "control") else "attnres"
+        ours, theirs = outputs[name].double(), outputs[like].double()
+        results.append(Result(case.name, name, first[name], min(times), statistics.median(times), *ratios[name], clear,
                               float((ours - theirs).norm() / theirs.norm())))
     return results
 
 
 def table_of(results: Sequence[Result]) -> Table:
-    table = Table("case", "variant", "first call s", "min ms", "median ms", "min ratio", "median ratio", "")
+    table = Table("case", "variant", "first call s", "min ms", "median ms", "min ratio", "median ratio", "paired", "")
+    last = results[-1].variant if results else ""
     for result in results:
         verdict = "" if result.resolvable or result.variant in ("plain", "control") else "not resolvable"
         table.add_row(result.case, result.variant, f"{result.first_call_s:.1f}", f"{result.min_ms:.2f}",
-                      f"{result.median_ms:.2f}", f"{result.min_ratio:.3f}", f"{result.median_ratio:.3f}", verdict,
-                      end_section=result.variant == "pseudocode")
+                      f"{result.median_ms:.2f}", f"{result.min_ratio:.3f}", f"{result.median_ratio:.3f}",
+                      f"{result.paired_ratio:.3f}", verdict, end_section=result.variant == last)
     return table
 
 
@@ -260,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeatable")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each variant")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT), help="beside plain and control")
     parser.add_argument("--threads", type=int, help="on a shared machine fewer than its cores disturb less")
     parser.add_argument("--quick", action="store_true", help="two tiny cases, to see that the benchmark runs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -275,8 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     results: list[Result] = []
     for case in cases:
         log.print(f"{case.name} ...")
-        results += measure(case, chosen.rounds)
-        log.print("  " + ", ".join(f"{r.variant} {r.min_ms:.1f} ms" for r in results[-4:]))
+        results += measure(case, chosen.rounds, ["attnres", *chosen.variants])
+        log.print("  " + ", ".join(f"{r.variant} {r.min_ms:.1f} ms" for r in results if r.case == case.name))
     wrong = [r for r in results if r.deviation > (0.05 if "bf16" in r.case else 1e-3)]
     if chosen.json:
         print(json.dumps({"machine": machine, "results": [asdict(result) for result in results]}, indent=2))
@@ -285,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
         console.print(table_of(results))
     if wrong:
-        sys.exit(f"attnres and the pseudocode differ: {wrong}")
+        sys.exit(f"attnres and another form of the same network differ: {wrong}")
     return results
 
 

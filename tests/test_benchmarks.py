@@ -26,17 +26,19 @@ def test_verdict_is_held_against_the_control() -> None:
 def test_variants_compute_the_same() -> None:
     model = load_script("benchmarks/model.py")
     for case in model.QUICK:
-        variants = model.build(case)
+        variants = model.build(case, model.DEFAULT)
         ids = torch.randint(256, (2, 7))
         torch.testing.assert_close(variants["attnres"](ids), variants["pseudocode"](ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    load_script("benchmarks/model.py").main(["--quick", "--rounds", "2", "--json"])
+    load_script("benchmarks/model.py").main(
+        ["--quick", "--rounds", "2", "--json", "--variants", "unfused", "two-phase", "pseudocode"])
     content = json.loads(capsys.readouterr().out)
-    assert len(content["results"]) == 8 and content["machine"]["rounds"] == 2
-    assert {result["variant"] for result in content["results"]} == {"plain", "control", "attnres", "pseudocode"}
+    assert len(content["results"]) == 12 and content["machine"]["rounds"] == 2
+    assert {result["variant"] for result in content["results"]} == {
+        "plain", "control", "attnres", "unfused", "two-phase", "pseudocode"}
     assert all(result["min_ms"] > 0 and result["deviation"] < 1e-3 for result in content["results"])
 
 
