@@ -179,6 +179,11 @@ Rows rows_of(const at::Tensor& tensor, Tensors& keep) {
   return Rows(keep.back());
 }
 
+template <typename T>
+const T* row_at(const Rows& rows, int64_t row) {
+  return static_cast<const T*>(rows.at(row));
+}
+
 using Places = c10::SmallVector<Rows, 16>;
 
 Places rows_of(const Arguments& a, Tensors& keep) {

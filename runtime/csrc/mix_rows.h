@@ -198,8 +198,8 @@ class Running {
 };
 
 // One group's part of a weighted sum of rows. `sum` [padded] is carried from group to group: taken times `earlier` unless
-// this is the first, and kept unless `out` is given, which receives the sum times `scale` (and gain, if there is one), plus
-// the row `mixed` of phase 1 times its weight, if there is one.
+// this is the first. The last group makes the mix of it: the sum times `scale` (and gain, if there is one), plus the row
+// `mixed` of phase 1 times its weight, if there is one; rounded to `out`, or left in `sum` where that is null.
 template <typename T>
 struct Group {
   const T* const* rows;
@@ -208,6 +208,7 @@ struct Group {
   bool first;
   Acc<T> earlier;
   Acc<T>* sum;
+  bool last;
   T* out;
   Acc<T> scale;
   const Acc<T>* gain;
@@ -247,7 +248,7 @@ inline void add_group_at(const Group<T>& g, int64_t column, int64_t left) {
   }
   const Vec scale(g.scale);
   each([&](Vec& sum_low, Vec& sum_high, int64_t at) ATTNRES_INLINE {
-    if (g.out == nullptr) {
+    if (!g.last) {
       sum_low.store(g.sum + at);
       sum_high.store(g.sum + at + S::width);
       return;
@@ -264,7 +265,12 @@ inline void add_group_at(const Group<T>& g, int64_t column, int64_t left) {
       low = at::vec::fmadd(weight, mixed_low, low);
       high = at::vec::fmadd(weight, mixed_high, high);
     }
-    Whole ? S::store(g.out + at, low, high) : S::store(g.out + at, left, low, high);
+    if (g.out == nullptr) {
+      low.store(g.sum + at);
+      high.store(g.sum + at + S::width);
+    } else {
+      Whole ? S::store(g.out + at, low, high) : S::store(g.out + at, left, low, high);
+    }
   });
 }
 

@@ -1,0 +1,131 @@
+// One position of a mix after another: every source row is read from memory once, all queries of a position share the sweep.
+#pragma once
+
+#include "mix_arguments.h"
+
+namespace attnres {
+namespace {
+
+// Sources are taken in groups of about this many bytes a row, which stay in the first-level cache between the sums over a
+// row and its part of the weighted sum.
+constexpr int64_t kGroupBytes = 20 * 1024;
+
+// The rows of one position, and those of the next to be fetched meanwhile; null after the last.
+template <typename T>
+class Cursor {
+ public:
+  c10::SmallVector<const T*, 32> here, next;
+
+  Cursor(const Places& places, int64_t begin, int64_t end)
+      : here(places.size()), next(places.size()), places_(places), end_(end) {
+    follow(begin);
+  }
+  void step(int64_t row) {
+    std::swap(here, next);
+    follow(row + 1);
+  }
+
+ private:
+  const Places& places_;
+  int64_t end_;
+
+  void follow(int64_t row) {
+    for (size_t i = 0; i < places_.size(); ++i) {
+      next[i] = row < end_ ? row_at<T>(places_[i], row) : nullptr;
+    }
+  }
+};
+
+// What reads the positions from `begin` to before `end`, in order, and what it has found at the last one: `inverse`
+// [count] the inverse root mean squares, `scores` [queries, count] before the logit scale.
+template <typename T>
+class Sweep {
+ public:
+  using A = Acc<T>;
+  Cursor<T> rows;
+  c10::SmallVector<A, 64> inverse, scores;
+
+  // `keep`: the mixes may stay in `mixed`, and not only be rounded to a row.
+  Sweep(const Arguments& a, const Parameters<T>& parameters, const Places& places, const KnownRows* known, bool keep,
+        int64_t begin, int64_t end)
+      : rows(places, begin, end),
+        inverse(a.count()),
+        scores(parameters.queries * a.count()),
+        options_(a.options),
+        parameters_(parameters),
+        known_(known),
+        end_(end),
+        count_(a.count()),
+        width_(a.width()),
+        group_(std::max<int64_t>(1, kGroupBytes / (width_ * static_cast<int64_t>(sizeof(T))))),
+        weights_(count_),
+        found_(1 + parameters.queries),
+        running_(parameters.queries),
+        keyed_(parameters.queries),
+        sums_(keep || count_ > group_ ? parameters.queries * parameters.padded : 0) {
+    for (int64_t m = 0; m < parameters.queries; ++m) {
+      keyed_[m] = parameters.keyed(m);
+    }
+  }
+
+  // The mix of each query m at position `row`: rounded to out[m], or left in mixed(m) if `out` is null.
+  void read(int64_t row, T* const* out) {
+    rows.step(row);
+    const T* mixed = nullptr;
+    A lse = 0;
+    std::fill(running_.begin(), running_.end(), Running<A>());
+    if (known_ != nullptr) {
+      mixed = row_at<T>(known_->mixed, row);
+      lse = *row_at<A>(known_->lse, row);
+      running_[0] = Running<A>(lse);
+      if (row + 1 < end_) {
+        fetch_row(row_at<T>(known_->mixed, row + 1), width_);
+      }
+    }
+    const A scale = static_cast<A>(options_.logit_scale), factor = static_cast<A>(options_.factor);
+    for (int64_t low = 0; low < count_; low += group_) {
+      const int64_t high = std::min(count_, low + group_);
+      for (int64_t i = low; i < high; ++i) {
+        look(i);
+      }
+      for (int64_t m = 0; m < parameters_.queries; ++m) {
+        for (int64_t i = low; i < high; ++i) {
+          weights_[i] = scores[m * count_ + i] * scale;
+        }
+        const A earlier = running_[m].add(weights_.data() + low, high - low);
+        for (int64_t i = low; options_.normalize && i < high; ++i) {
+          weights_[i] *= inverse[i];
+        }
+        const bool last = high == count_;
+        add_group<T>({rows.here.data() + low, weights_.data() + low, high - low, low == 0, earlier,
+                      sums_.get() + m * parameters_.padded, last, out == nullptr ? nullptr : out[m],
+                      factor / running_[m].total, options_.normalize ? parameters_.gain(m) : nullptr, mixed,
+                      mixed != nullptr ? factor * running_[m].share(lse) : A(0)}, width_);
+      }
+    }
+  }
+
+  A* mixed(int64_t m) const { return sums_.get() + m * parameters_.padded; }
+  A log_sum_exp(int64_t m) const { return running_[m].log_sum_exp(); }
+
+ private:
+  const Options& options_;
+  const Parameters<T>& parameters_;
+  const KnownRows* known_;
+  int64_t end_, count_, width_, group_;
+  c10::SmallVector<A, 64> weights_, found_;
+  c10::SmallVector<Running<A>, 16> running_;
+  c10::SmallVector<const A*, 16> keyed_;
+  Buffer<A> sums_;
+
+  void look(int64_t i) {
+    row_sums(rows.here[i], rows.next[i], keyed_.data(), parameters_.queries, width_, found_.data());
+    inverse[i] = A(1) / std::sqrt(found_[0] / static_cast<A>(width_) + static_cast<A>(options_.eps));
+    for (int64_t m = 0; m < parameters_.queries; ++m) {
+      scores[m * count_ + i] = found_[1 + m] * inverse[i];
+    }
+  }
+};
+
+} // namespace
+} // namespace attnres
