@@ -1,9 +1,10 @@
-// The backward of the mix and of its two phases: source rows and the gradient row are read from memory once, for the sums that the softmax
-// needs; the second reading, for the gradients, finds them in the cache.
+// The backward of the mix and of its two phases: source rows and the gradient row are read from memory once, for the sums
+// that the softmax needs; the second reading, for the gradients, finds them in the cache.
 #pragma once
 
-#include "mix_arguments.h"
 #include "mix_gradient.h"
+#include "mix_partial.h"
+#include "mix_sweep.h"
 
 #include <optional>
 
@@ -11,51 +12,6 @@
 
 namespace attnres {
 namespace {
-
-// The gradients of the parameters are summed in pieces whose number depends on the input alone, then over the pieces in
-// order: the same bits on any number of threads.
-constexpr int64_t kPieces = 128;
-constexpr int64_t kRowsPerPiece = 8;
-
-// The sums over positions that one piece of the rows contributes, [queries, padded] each, and where they stand.
-template <typename A>
-struct Partial {
-  int64_t pieces, per_piece, size;
-  bool values;
-  Buffer<A> keyed_sums, gain_sums;
-
-  Partial(int64_t rows, int64_t size, bool values)
-      : pieces(std::min<int64_t>(kPieces, (rows + kRowsPerPiece - 1) / kRowsPerPiece)),
-        per_piece(pieces == 0 ? 0 : (rows + pieces - 1) / pieces),
-        size(size),
-        values(values),
-        keyed_sums(std::max<int64_t>(pieces, 1) * size),
-        gain_sums(values ? std::max<int64_t>(pieces, 1) * size : 0) {
-    clear(0);
-  }
-  void clear(int64_t piece) const {
-    std::fill(keyed(piece), keyed(piece) + size, A(0));
-    if (values) {
-      std::fill(gain(piece), gain(piece) + size, A(0));
-    }
-  }
-  A* keyed(int64_t piece) const { return keyed_sums.get() + piece * size; }
-  A* gain(int64_t piece) const { return values ? gain_sums.get() + piece * size : nullptr; }
-
-  // Everything into piece 0, in the order of the pieces.
-  void reduce() const {
-    at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = 1; piece < pieces; ++piece) {
-        for (int64_t at = begin; at < end; ++at) {
-          keyed(0)[at] += keyed(piece)[at];
-        }
-        for (int64_t at = begin; values && at < end; ++at) {
-          gain(0)[at] += gain(piece)[at];
-        }
-      }
-    });
-  }
-};
 
 // What phase 1 has read at one position: its logit, and the gradient of its weight; then the weight, and that of its logit.
 template <typename A>
@@ -119,7 +75,7 @@ bool streams(int64_t bytes) {
   return bytes > (cache > 0 ? cache : usual) / 8;
 }
 
-// Where a backward reads and writes. `lse_grads` is empty but for phase 1; `known` and the last two are null but for phase 2.
+// Where a backward reads and writes. `lse_grads` is empty but for phase 1, `known` and the last two null but for phase 2.
 template <typename T>
 struct Job {
   const Arguments& a;
@@ -132,111 +88,108 @@ struct Job {
   Acc<T>* lse_out;
 };
 
-// The rows of one piece: their source gradients, and their share of the sums over positions.
+// The positions of one piece: their source gradients, and their share of the sums over positions.
 template <typename T>
-void backward_rows(const Job<T>& job, Acc<T>* keyed_sum, Acc<T>* gain_sum, int64_t begin, int64_t end) {
+class Backward {
+ public:
   using A = Acc<T>;
-  const Arguments& a = job.a;
-  const Parameters<T>& parameters = job.parameters;
-  const int64_t count = a.count(), width = a.width();
-  const int64_t queries = parameters.queries, padded = parameters.padded, pairs = queries * count;
-  const bool gained = gain_sum != nullptr;
-  Buffer<A> row_grad(queries * padded, true), value_grad(gained ? queries * padded : 0), pull(gained ? padded : 0);
-  A* const pulled = gained ? value_grad.get() : row_grad.get();
-  c10::SmallVector<A, 64> inverse(count), shrink(count), scores(pairs), pulls(pairs), value(pairs), key(pairs);
-  c10::SmallVector<A, 16> lse_grads(job.lse_grads.size()), sums(1 + 2 * queries);
-  c10::SmallVector<const A*, 16> with(2 * queries);
-  c10::SmallVector<const T*, 32> here(count), next(count);
-  c10::SmallVector<T*, 32> to(count);
-  const Gradient<T> gradient{count, queries, width, padded, value.data(), key.data(), shrink.data(), parameters.keyed(0),
-                             pulled, row_grad.get(), keyed_sum, gain_sum, pull.get()};
-  const A eps = static_cast<A>(a.options.eps), factor = static_cast<A>(a.options.factor);
-  for (int64_t m = 0; m < queries; ++m) {
-    with[2 * m] = parameters.keyed(m);
-    with[2 * m + 1] = pulled + m * padded;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    next[i] = static_cast<const T*>(job.places[i].at(begin));
-  }
-  for (int64_t row = begin; row < end; ++row) {
-    std::swap(here, next);
-    for (int64_t m = 0; m < queries; ++m) {
-      widened_row(static_cast<const T*>(job.grads[m].at(row)), factor, width, row_grad.get() + m * padded);
-      for (int64_t j = 0; gained && j < padded; ++j) {
-        pulled[m * padded + j] = row_grad.get()[m * padded + j] * parameters.gain(m)[j];
-      }
+
+  Backward(const Job<T>& job, const Partial<A>& partial, int64_t piece)
+      : job_(job),
+        count_(job.a.count()),
+        width_(job.a.width()),
+        queries_(job.parameters.queries),
+        padded_(job.parameters.padded),
+        gained_(partial.at(kGained) != nullptr),
+        row_grad_(queries_ * padded_, true),
+        value_grad_(gained_ ? queries_ * padded_ : 0),
+        pull_(gained_ ? padded_ : 0),
+        pulled_(gained_ ? value_grad_.get() : row_grad_.get()),
+        shrink_(count_),
+        pulls_(queries_ * count_),
+        value_(queries_ * count_),
+        key_(queries_ * count_),
+        gradient_{count_, queries_, width_, padded_, value_.data(), key_.data(), shrink_.data(), job.parameters.keyed(0),
+                  pulled_, row_grad_.get(), partial.at(kKeyed, piece), partial.at(kGained, piece), pull_.get()} {}
+
+  void run(int64_t begin, int64_t end) {
+    c10::SmallVector<A, 64> inverse(count_), scores(queries_ * count_);
+    c10::SmallVector<A, 16> sums(1 + 2 * queries_);
+    c10::SmallVector<const A*, 16> with(2 * queries_);
+    for (int64_t m = 0; m < queries_; ++m) {
+      with[2 * m] = job_.parameters.keyed(m);
+      with[2 * m + 1] = pulled_ + m * padded_;
     }
+    const A factor = static_cast<A>(job_.a.options.factor);
+    Cursor<T> rows(job_.places, begin, end);
+    for (int64_t row = begin; row < end; ++row) {
+      rows.step(row);
+      for (int64_t m = 0; m < queries_; ++m) {
+        widened_row(row_at<T>(job_.grads[m], row), factor, width_, row_grad_.get() + m * padded_);
+        weigh(m);
+      }
+      for (int64_t i = 0; i < count_; ++i) {
+        row_sums(rows.here[i], rows.next[i], with.data(), 2 * queries_, width_, sums.data());
+        inverse[i] = A(1) / std::sqrt(sums[0] / static_cast<A>(width_) + static_cast<A>(job_.a.options.eps));
+        for (int64_t m = 0; m < queries_; ++m) {
+          scores[m * count_ + i] = sums[1 + 2 * m] * inverse[i];
+          pulls_[m * count_ + i] = sums[2 + 2 * m];
+        }
+      }
+      give(row, rows, inverse.data(), scores.data(), row + 1 < end);
+    }
+#if defined(__SSE2__)
+    if (job_.stream) {
+      _mm_sfence();  // or another thread might not see what went past the caches
+    }
+#endif
+  }
+
+ private:
+  const Job<T>& job_;
+  int64_t count_, width_, queries_, padded_;
+  bool gained_;
+  // [queries, padded] each: the gradient of the mix, and of the sum of the values, which are the same without a gain there.
+  Buffer<A> row_grad_, value_grad_, pull_;
+  A* const pulled_;
+  c10::SmallVector<A, 64> shrink_, pulls_, value_, key_;
+  const Gradient<T> gradient_;
+
+  void weigh(int64_t m) {
+    const int64_t from = m * padded_;
+    for (int64_t j = 0; gained_ && j < padded_; ++j) {
+      pulled_[from + j] = row_grad_.get()[from + j] * job_.parameters.gain(m)[j];
+    }
+  }
+
+  // The gradients of the sources, and of what phase 1 has read, from the sums over their rows.
+  void give(int64_t row, const Cursor<T>& rows, const A* inverse, const A* scores, bool more) {
+    c10::SmallVector<A, 16> lse_grads(job_.lse_grads.size());
     for (size_t m = 0; m < lse_grads.size(); ++m) {
-      lse_grads[m] = *static_cast<const A*>(job.lse_grads[m].at(row));
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      next[i] = row + 1 < end ? static_cast<const T*>(job.places[i].at(row + 1)) : nullptr;
-      to[i] = job.outs[i] + row * width;
-      row_sums(here[i], next[i], with.data(), 2 * queries, width, sums.data());
-      inverse[i] = A(1) / std::sqrt(sums[0] / static_cast<A>(width) + eps);
-      for (int64_t m = 0; m < queries; ++m) {
-        scores[m * count + i] = sums[1 + 2 * m] * inverse[i];
-        pulls[m * count + i] = sums[2 + 2 * m];
-      }
+      lse_grads[m] = *row_at<A>(job_.lse_grads[m], row);
     }
     KnownHere<A> known;
-    if (job.known != nullptr) {
-      const A* const one[] = {row_grad.get()};
-      const T* following = row + 1 < end ? static_cast<const T*>(job.known->mixed.at(row + 1)) : nullptr;
-      row_sums<T, 1>(static_cast<const T*>(job.known->mixed.at(row)), following, one, width, sums.data());
-      known = {*static_cast<const A*>(job.known->lse.at(row)), sums[1]};
+    if (job_.known != nullptr) {
+      const A* const one[] = {row_grad_.get()};
+      A sums[2];
+      row_sums<T, 1>(row_at<T>(job_.known->mixed, row), more ? row_at<T>(job_.known->mixed, row + 1) : nullptr, one, width_,
+                     sums);
+      known = {*row_at<A>(job_.known->lse, row), sums[1]};
     }
-    coefficients(a.options, count, queries, width, inverse.data(), scores.data(),
-                 lse_grads.empty() ? nullptr : lse_grads.data(), job.known != nullptr ? &known : nullptr, pulls.data(),
-                 value.data(), key.data(), shrink.data());
-    if (job.known != nullptr) {
-      rounded_row(row_grad.get(), known.weight, width, job.mixed_out + row * width);
-      job.lse_out[row] = known.lse_grad;
+    coefficients(job_.a.options, count_, queries_, width_, inverse, scores, lse_grads.empty() ? nullptr : lse_grads.data(),
+                 job_.known != nullptr ? &known : nullptr, pulls_.data(), value_.data(), key_.data(), shrink_.data());
+    if (job_.known != nullptr) {
+      rounded_row(row_grad_.get(), known.weight, width_, job_.mixed_out + row * width_);
+      job_.lse_out[row] = known.lse_grad;
     }
-    job.stream ? source_grads<T, true>(gradient, here.data(), to.data())
-               : source_grads<T, false>(gradient, here.data(), to.data());
-  }
-#if defined(__SSE2__)
-  if (job.stream) {
-    _mm_sfence();  // or another thread might not see what went past the caches
-  }
-#endif
-}
-
-template <typename A, typename P>
-void round_as(const A* from, const at::Tensor& to, int64_t padded) {
-  const int64_t width = to.size(-1);
-  P* out = static_cast<P*>(to.mutable_data_ptr());
-  for (int64_t m = 0; m < to.numel() / width; ++m) {
-    for (int64_t j = 0; j < width; ++j) {
-      out[m * width + j] = static_cast<P>(from[m * padded + j]);
+    c10::SmallVector<T*, 32> to(job_.outs.begin(), job_.outs.end());
+    for (T*& out : to) {
+      out += row * width_;
     }
+    job_.stream ? source_grads<T, true>(gradient_, rows.here.data(), to.data())
+                : source_grads<T, false>(gradient_, rows.here.data(), to.data());
   }
-}
-
-// A gradient of the shape and dtype of `like`, rounded from padded rows that are arranged for T; they are restored.
-template <typename T>
-at::Tensor rounded(Acc<T>* from, const at::Tensor& like, int64_t padded) {
-  using A = Acc<T>;
-  for (int64_t m = 0; m < like.numel() / like.size(-1); ++m) {
-    restore<T>(from + m * padded, padded);
-  }
-  at::Tensor result = at::detail::empty_cpu(like.sizes(), like.scalar_type());
-  switch (like.scalar_type()) {
-    case at::kFloat:
-      round_as<A, float>(from, result, padded);
-      break;
-    case at::kDouble:
-      round_as<A, double>(from, result, padded);
-      break;
-    case at::kHalf:
-      round_as<A, at::Half>(from, result, padded);
-      break;
-    default:
-      round_as<A, at::BFloat16>(from, result, padded);
-  }
-  return result;
-}
+};
 
 // The gradients of all that a mix or one of its phases was given, in its order. `grads` and `lse_grads` have one tensor a
 // query, the latter for phase 1 alone; `known` is what phase 2 was given first.
@@ -271,21 +224,12 @@ Tensors backward(
     job.stream = job.stream && reinterpret_cast<uintptr_t>(job.outs.back()) % kLine == 0;
   }
   const int64_t size = parameters.queries * padded;
-  const Partial<A> partial(rows, size, a.options.normalize && a.gain != nullptr);
-  const int64_t grain = kGrain / std::max<int64_t>(1, partial.per_piece * count * width);
-  at::parallel_for(0, partial.pieces, std::max<int64_t>(1, grain), [&](int64_t first, int64_t last) {
-    const FlushTiny flush;
-    for (int64_t piece = first; piece < last; ++piece) {
-      const int64_t begin = piece * partial.per_piece, end = std::min(rows, begin + partial.per_piece);
-      partial.clear(piece);
-      if (begin < end) {
-        backward_rows<T>(job, partial.keyed(piece), partial.gain(piece), begin, end);
-      }
-    }
+  const Partial<A> partial(rows, size, {true, a.options.normalize && a.gain != nullptr});
+  partial.run(count * width, [&](int64_t piece, int64_t begin, int64_t end) {
+    Backward<T>(job, partial, piece).run(begin, end);
   });
-  partial.reduce();
 
-  A *keyed = partial.keyed(0), *values = partial.gain(0);
+  A *keyed = partial.at(kKeyed), *values = partial.at(kGained);
   if (a.gain == nullptr) {
     outs.push_back(rounded<T>(keyed, a.query, padded));
     return outs;
