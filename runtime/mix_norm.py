@@ -21,6 +21,7 @@ from .operators import (
     LIBRARY,
     VARIANTS,
     backward_autograd,
+    native_or,
     operator_of,
     round_into_new,
     tensors_in,
@@ -242,7 +243,7 @@ for _base, _kernel, _composite, _fake_kernel in (
     ("mix_norm", _reference, mix_norm_composite, _fake),
     ("mix_norm_backward", _backward_reference, mix_norm_backward_composite, _backward_fake),
 ):
-    LIBRARY.impl(_base, _kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(_base, partial(native_or, _kernel, _base), "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
     for _name in VARIANTS:
         for _key in ("FuncTorchBatched", "Batched"):

@@ -68,6 +68,10 @@ struct Options {
       : eps(from[0].toDouble()), logit_scale(from[1].toDouble()), normalize(from[2].toBool()), factor(factor) {}
 };
 
+const at::Tensor* tensor_or_null(const c10::IValue& value) {
+  return value.isNone() ? nullptr : &value.toTensor();
+}
+
 // The arguments common to all operators, unowned: the stack keeps them alive.
 struct Arguments {
   c10::ArrayRef<c10::IValue> sources;
@@ -75,11 +79,9 @@ struct Arguments {
   const at::Tensor* gain;
   Options options;
 
-  Arguments(const c10::IValue* from, double factor)
-      : sources(from[0].toListRef()),
-        query(from[1].toTensor()),
-        gain(from[2].isNone() ? nullptr : &from[2].toTensor()),
-        options(from + 3, factor) {}
+  Arguments(const c10::IValue* from, const Options& options)
+      : sources(from[0].toListRef()), query(from[1].toTensor()), gain(tensor_or_null(from[2])), options(options) {}
+  Arguments(const c10::IValue* from, double factor) : Arguments(from, Options(from + 3, factor)) {}
 
   int64_t count() const { return static_cast<int64_t>(sources.size()); }
   const at::Tensor& first() const { return sources[0].toTensor(); }

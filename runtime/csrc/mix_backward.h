@@ -1,8 +1,9 @@
-// The backward of the mix and of its two phases: source rows and the gradient row are read from memory once, for the sums
-// that the softmax needs; the second reading, for the gradients, finds them in the cache.
+// The backward of the mix, of its two phases, and of addition, mix and norm as one: source rows and the gradient row are
+// read from memory once, for the sums that the softmax needs; further readings find them in the cache.
 #pragma once
 
 #include "mix_gradient.h"
+#include "mix_norm.h"
 #include "mix_partial.h"
 #include "mix_sweep.h"
 
@@ -75,7 +76,14 @@ bool streams(int64_t bytes) {
   return bytes > (cache > 0 ? cache : usual) / 8;
 }
 
-// Where a backward reads and writes. `lse_grads` is empty but for phase 1, `known` and the last two null but for phase 2.
+// What the backward of a norm is given on top: the gradient of the completed partial sum, the last source, or null.
+struct NormBackward {
+  NormArguments norm;
+  const at::Tensor* partial_grad;
+};
+
+// Where a backward reads and writes. `lse_grads` is empty but for phase 1; `known` and what is made of it are null but for
+// phase 2, `norm`, `normed` and `partial_grads` but for a norm.
 template <typename T>
 struct Job {
   const Arguments& a;
@@ -86,6 +94,9 @@ struct Job {
   c10::SmallVector<T*, 24> outs;
   T* mixed_out;
   Acc<T>* lse_out;
+  const Norm<T>* norm;
+  T* normed;
+  const Rows* partial_grads;
 };
 
 // The positions of one piece: their source gradients, and their share of the sums over positions.
@@ -110,9 +121,32 @@ class Backward {
         value_(queries_ * count_),
         key_(queries_ * count_),
         gradient_{count_, queries_, width_, padded_, value_.data(), key_.data(), shrink_.data(), job.parameters.keyed(0),
-                  pulled_, row_grad_.get(), partial.at(kKeyed, piece), partial.at(kGained, piece), pull_.get()} {}
+                  pulled_, row_grad_.get(), partial.at(kKeyed, piece), partial.at(kGained, piece), pull_.get()},
+        weight_sum_(partial.at(kWeight, piece)),
+        bias_sum_(partial.at(kBias, piece)) {}
 
   void run(int64_t begin, int64_t end) {
+    job_.norm != nullptr ? read_norm(begin, end) : read(begin, end);
+#if defined(__SSE2__)
+    if (job_.stream) {
+      _mm_sfence();  // or another thread might not see what went past the caches
+    }
+#endif
+  }
+
+ private:
+  const Job<T>& job_;
+  int64_t count_, width_, queries_, padded_;
+  bool gained_;
+  // [queries, padded] each: the gradient of the mix, and of the sum of the values, which are the same without a gain there.
+  Buffer<A> row_grad_, value_grad_, pull_;
+  A* const pulled_;
+  c10::SmallVector<A, 64> shrink_, pulls_, value_, key_;
+  const Gradient<T> gradient_;
+  A *const weight_sum_, *const bias_sum_;
+
+  // Where the gradient of a mix is given: all sums over a row in one reading.
+  void read(int64_t begin, int64_t end) {
     c10::SmallVector<A, 64> inverse(count_), scores(queries_ * count_);
     c10::SmallVector<A, 16> sums(1 + 2 * queries_);
     c10::SmallVector<const A*, 16> with(2 * queries_);
@@ -138,22 +172,27 @@ class Backward {
       }
       give(row, rows, inverse.data(), scores.data(), row + 1 < end);
     }
-#if defined(__SSE2__)
-    if (job_.stream) {
-      _mm_sfence();  // or another thread might not see what went past the caches
-    }
-#endif
   }
 
- private:
-  const Job<T>& job_;
-  int64_t count_, width_, queries_, padded_;
-  bool gained_;
-  // [queries, padded] each: the gradient of the mix, and of the sum of the values, which are the same without a gain there.
-  Buffer<A> row_grad_, value_grad_, pull_;
-  A* const pulled_;
-  c10::SmallVector<A, 64> shrink_, pulls_, value_, key_;
-  const Gradient<T> gradient_;
+  // Where that of its norm is given: the mix again, and its gradient, before it can be multiplied with the sources.
+  void read_norm(int64_t begin, int64_t end) {
+    Sweep<T> sweep(job_.a, job_.parameters, job_.places, job_.known, {}, true, begin, end);
+    const A* const with[] = {pulled_};
+    A sums[2];
+    for (int64_t row = begin; row < end; ++row) {
+      sweep.read(row, nullptr);
+      A* const mixed = sweep.mixed(0);
+      const A scale = job_.norm->standardize(mixed);
+      job_.norm->backward(mixed, scale, row_at<T>(job_.grads[0], row), job_.normed + row * width_,
+                          static_cast<A>(job_.a.options.factor), row_grad_.get(), weight_sum_, bias_sum_);
+      weigh(0);
+      for (int64_t i = 0; i < count_; ++i) {
+        row_sums<T, 1>(sweep.rows.here[i], nullptr, with, width_, sums);
+        pulls_[i] = sums[1];
+      }
+      give(row, sweep.rows, sweep.inverse.data(), sweep.scores.data(), false);
+    }
+  }
 
   void weigh(int64_t m) {
     const int64_t from = m * padded_;
@@ -163,7 +202,7 @@ class Backward {
   }
 
   // The gradients of the sources, and of what phase 1 has read, from the sums over their rows.
-  void give(int64_t row, const Cursor<T>& rows, const A* inverse, const A* scores, bool more) {
+  void give(int64_t row, const Cursor<T>& rows, const A* inverse, const A* scores, bool fetch) {
     c10::SmallVector<A, 16> lse_grads(job_.lse_grads.size());
     for (size_t m = 0; m < lse_grads.size(); ++m) {
       lse_grads[m] = *row_at<A>(job_.lse_grads[m], row);
@@ -172,7 +211,7 @@ class Backward {
     if (job_.known != nullptr) {
       const A* const one[] = {row_grad_.get()};
       A sums[2];
-      row_sums<T, 1>(row_at<T>(job_.known->mixed, row), more ? row_at<T>(job_.known->mixed, row + 1) : nullptr, one, width_,
+      row_sums<T, 1>(row_at<T>(job_.known->mixed, row), fetch ? row_at<T>(job_.known->mixed, row + 1) : nullptr, one, width_,
                      sums);
       known = {*row_at<A>(job_.known->lse, row), sums[1]};
     }
@@ -186,55 +225,23 @@ class Backward {
     for (T*& out : to) {
       out += row * width_;
     }
-    job_.stream ? source_grads<T, true>(gradient_, rows.here.data(), to.data())
-                : source_grads<T, false>(gradient_, rows.here.data(), to.data());
+    const Position<T> here{rows.here.data(), to.data(),
+                           job_.partial_grads == nullptr ? nullptr : row_at<T>(*job_.partial_grads, row)};
+    job_.stream ? source_grads<T, true>(gradient_, here) : source_grads<T, false>(gradient_, here);
   }
 };
 
-// The gradients of all that a mix or one of its phases was given, in its order. `grads` and `lse_grads` have one tensor a
-// query, the latter for phase 1 alone; `known` is what phase 2 was given first.
+// The gradients of the query, and of the gain if there is one, from the sums over positions.
 template <typename T>
-Tensors backward(
-    at::ArrayRef<at::Tensor> grads, at::ArrayRef<at::Tensor> lse_grads, const Known* given, const Arguments& a) {
+void parameter_grads(const Arguments& a, const Parameters<T>& parameters, const Partial<Acc<T>>& partial, Tensors& outs) {
   using A = Acc<T>;
-  const int64_t count = a.count(), width = a.width(), rows = a.rows(), padded = padded_width<T>(width);
-  const Parameters<T> parameters(a, padded);
-  Tensors keep, outs;
-  outs.reserve(count + 4);
-  Job<T> job{a, parameters, rows_of(a, keep)};
-  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-  job.stream = row_bytes % kLine == 0 && streams(count * rows * row_bytes);
-  for (const at::Tensor& grad : grads) {
-    job.grads.push_back(rows_of(grad, keep));
-  }
-  for (const at::Tensor& grad : lse_grads) {
-    job.lse_grads.emplace_back(grad, true);
-  }
-  std::optional<KnownRows> known;
-  if (given != nullptr) {
-    job.known = &known.emplace(*given, keep);
-    outs.push_back(at::detail::empty_cpu(given->mixed.sizes(), given->mixed.scalar_type()));
-    outs.push_back(at::detail::empty_cpu(given->lse.sizes(), given->lse.scalar_type()));
-    job.mixed_out = static_cast<T*>(outs[0].mutable_data_ptr());
-    job.lse_out = static_cast<A*>(outs[1].mutable_data_ptr());
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    outs.push_back(at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type()));
-    job.outs.push_back(static_cast<T*>(outs.back().mutable_data_ptr()));
-    job.stream = job.stream && reinterpret_cast<uintptr_t>(job.outs.back()) % kLine == 0;
-  }
-  const int64_t size = parameters.queries * padded;
-  const Partial<A> partial(rows, size, {true, a.options.normalize && a.gain != nullptr});
-  partial.run(count * width, [&](int64_t piece, int64_t begin, int64_t end) {
-    Backward<T>(job, partial, piece).run(begin, end);
-  });
-
+  const int64_t padded = parameters.padded;
   A *keyed = partial.at(kKeyed), *values = partial.at(kGained);
   if (a.gain == nullptr) {
     outs.push_back(rounded<T>(keyed, a.query, padded));
-    return outs;
+    return;
   }
-  Buffer<A> gain(size, true);
+  Buffer<A> gain(parameters.queries * padded, true);
   for (int64_t m = 0; m < parameters.queries; ++m) {
     A* to = gain.get() + (parameters.gain_per_query ? m * padded : 0);
     for (int64_t j = 0; j < padded; ++j) {
@@ -245,6 +252,63 @@ Tensors backward(
   }
   outs.push_back(rounded<T>(keyed, a.query, padded));
   outs.push_back(rounded<T>(gain.get(), *a.gain, padded));
+}
+
+// The gradients of all that a mix, one of its phases or its norm was given, in its order; the norm again before them.
+// `grads` and `lse_grads` have one tensor a query, the latter for phase 1 alone; `given` is what phase 1 has read.
+template <typename T>
+Tensors backward(at::ArrayRef<at::Tensor> grads, at::ArrayRef<at::Tensor> lse_grads, const Known* given, const Arguments& a,
+                 const NormBackward* above = nullptr) {
+  const int64_t count = a.count(), width = a.width(), rows = a.rows(), padded = padded_width<T>(width);
+  const Parameters<T> parameters(a, padded);
+  Tensors keep, outs;
+  outs.reserve(count + 7);
+  const auto give = [&](const at::Tensor& like) {
+    outs.push_back(at::detail::empty_cpu(like.sizes(), like.scalar_type()));
+    return outs.back().mutable_data_ptr();
+  };
+  Job<T> job{a, parameters, rows_of(a, keep)};
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  job.stream = row_bytes % kLine == 0 && streams(count * rows * row_bytes);
+  for (const at::Tensor& grad : grads) {
+    job.grads.push_back(rows_of(grad, keep));
+  }
+  for (const at::Tensor& grad : lse_grads) {
+    job.lse_grads.emplace_back(grad, true);
+  }
+  std::optional<Norm<T>> norm;
+  std::optional<Rows> partial_grads;
+  if (above != nullptr) {
+    job.norm = &norm.emplace(above->norm, width);
+    job.normed = static_cast<T*>(give(a.first()));
+    if (above->partial_grad != nullptr) {
+      job.partial_grads = &partial_grads.emplace(rows_of(*above->partial_grad, keep));
+    }
+  }
+  std::optional<KnownRows> known;
+  if (given != nullptr) {
+    job.known = &known.emplace(*given, keep);
+    job.mixed_out = static_cast<T*>(give(given->mixed));
+    job.lse_out = static_cast<Acc<T>*>(give(given->lse));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    job.outs.push_back(static_cast<T*>(give(a.first())));
+    job.stream = job.stream && reinterpret_cast<uintptr_t>(job.outs.back()) % kLine == 0;
+  }
+  const at::Tensor* const weight = above == nullptr ? nullptr : above->norm.weight;
+  const at::Tensor* const bias = above == nullptr ? nullptr : above->norm.bias;
+  const Partial<Acc<T>> partial(rows, parameters.queries * padded,
+                                {true, a.options.normalize && a.gain != nullptr, weight != nullptr, bias != nullptr});
+  partial.run(count * width, [&](int64_t piece, int64_t begin, int64_t end) {
+    Backward<T>(job, partial, piece).run(begin, end);
+  });
+  parameter_grads<T>(a, parameters, partial, outs);
+  if (weight != nullptr) {
+    outs.push_back(rounded<T>(partial.at(kWeight), *weight, padded));
+  }
+  if (bias != nullptr) {
+    outs.push_back(rounded<T>(partial.at(kBias), *bias, padded));
+  }
   return outs;
 }
 

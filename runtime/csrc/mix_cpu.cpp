@@ -1,6 +1,6 @@
-// attnres::mix, its two phases and their gradients for the CPU: every source row comes from memory once and stays in the
-// cache for its second use. What these kernels do not take (mixed dtypes, anything malformed) goes to the reference
-// operators, which compute it or raise; so the two can differ in nothing but rounding and speed.
+// attnres::mix, its two phases, attnres::mix_norm and their gradients for the CPU: every source row comes from memory once
+// and stays in the cache for its further uses. What these kernels do not take (mixed dtypes, anything malformed) goes to the
+// reference operators, which compute it or raise; so the two can differ in nothing but rounding and speed.
 #include "mix_backward.h"
 #include "mix_forward.h"
 
@@ -11,7 +11,7 @@ namespace attnres {
 namespace {
 
 // The lengths of the argument lists; a backward has its gradients in front.
-constexpr int64_t kMix = 7, kPhase1 = 6, kPhase2 = 9;
+constexpr int64_t kMix = 7, kPhase1 = 6, kPhase2 = 9, kNorm = 14, kNormBackward = 15;
 
 void to_reference(const char* name, torch::jit::Stack* stack) {
   const auto reference = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
@@ -146,6 +146,52 @@ void phase2_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   answer(stack, kPhase2 + 1, by_type(a, [&](auto zero) { return backward<decltype(zero)>(grad, {}, &known, a); }));
 }
 
+std::optional<Known> known_or_none(const c10::IValue* from) {
+  return from[0].isNone() ? std::nullopt : std::optional<Known>(from);
+}
+
+// Both mixed and lse are given, or neither.
+bool norm_served(const Arguments& a, const c10::IValue* known, const NormArguments& norm) {
+  const auto parameter = [&](const at::Tensor* p) {
+    return p == nullptr || (plain(*p) && floating(p->scalar_type()) && p->dim() == 1 && p->size(0) == a.width());
+  };
+  const bool early = !known[0].isNone();
+  if (early != !known[1].isNone()) {
+    return false;
+  }
+  return (early ? phase2_served(Known(known), a) : mix_served(a) && a.query.dim() == 1) && parameter(norm.weight) &&
+      parameter(norm.bias);
+}
+
+void mix_norm(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kNorm;
+  const Arguments a(from, Options(from + 8, from[11].toDouble()));
+  const at::Tensor* delta = tensor_or_null(from[3]);
+  const NormArguments norm(from + 6, from + 12);
+  if (!norm_served(a, from + 4, norm) || (delta != nullptr && !like_sources(*delta, a))) {
+    return to_reference("attnres::mix_norm_reference", stack);
+  }
+  const auto known = known_or_none(from + 4);
+  answer(stack, kNorm, by_type(a, [&](auto zero) {
+    return mix_norm_forward<decltype(zero)>(a, delta, known ? &*known : nullptr, norm);
+  }));
+}
+
+void mix_norm_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kNormBackward;
+  const Arguments a(from + 2, Options(from + 9, from[12].toDouble()));
+  const at::Tensor& grad = from[0].toTensor();
+  const NormBackward above{NormArguments(from + 7, from + 13), tensor_or_null(from[1])};
+  const auto fits = [&](const at::Tensor* given) { return given == nullptr || like_sources(*given, a); };
+  if (!norm_served(a, from + 5, above.norm) || !fits(&grad) || !fits(above.partial_grad)) {
+    return to_reference("attnres::mix_norm_backward_reference", stack);
+  }
+  const auto known = known_or_none(from + 5);
+  answer(stack, kNormBackward, by_type(a, [&](auto zero) {
+    return backward<decltype(zero)>(grad, {}, known ? &*known : nullptr, a, &above);
+  }));
+}
+
 // Whether autograd has anything to do with a value on the stack: a gradient to record, or a tangent to carry.
 bool differentiates(const at::Tensor& tensor, bool grad_mode) {
   return tensor.defined() && ((grad_mode && tensor.requires_grad()) || tensor._fw_grad(0).defined());
@@ -186,6 +232,8 @@ constexpr char kPhase1Autograd[] = "attnres::mix_phase1_autograd";
 constexpr char kPhase1BackwardAutograd[] = "attnres::mix_phase1_backward_autograd";
 constexpr char kPhase2Autograd[] = "attnres::mix_phase2_autograd";
 constexpr char kPhase2BackwardAutograd[] = "attnres::mix_phase2_backward_autograd";
+constexpr char kNormAutograd[] = "attnres::mix_norm_autograd";
+constexpr char kNormBackwardAutograd[] = "attnres::mix_norm_backward_autograd";
 
 template <const char* Python, int64_t Count>
 torch::CppFunction recording() {
@@ -203,6 +251,8 @@ TORCH_LIBRARY_IMPL(attnres, AutogradCPU, m) {
   m.impl("mix_phase1_backward", recording<kPhase1BackwardAutograd, kPhase1 + 1>());
   m.impl("mix_phase2", recording<kPhase2Autograd, kPhase2>());
   m.impl("mix_phase2_backward", recording<kPhase2BackwardAutograd, kPhase2 + 1>());
+  m.impl("mix_norm", recording<kNormAutograd, kNorm>());
+  m.impl("mix_norm_backward", recording<kNormBackwardAutograd, kNormBackward>());
 }
 
 TORCH_LIBRARY_IMPL(attnres, CPU, m) {
@@ -212,4 +262,6 @@ TORCH_LIBRARY_IMPL(attnres, CPU, m) {
   m.impl("mix_phase1_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::phase1_backward>());
   m.impl("mix_phase2", torch::CppFunction::makeFromBoxedFunction<&attnres::phase2>());
   m.impl("mix_phase2_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::phase2_backward>());
+  m.impl("mix_norm", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_norm>());
+  m.impl("mix_norm_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_norm_backward>());
 }

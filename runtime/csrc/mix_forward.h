@@ -1,14 +1,18 @@
-// The forward of the mix and of its two phases.
+// The forward of the mix, of its two phases, and of addition, mix and norm as one.
 #pragma once
 
+#include "mix_norm.h"
 #include "mix_sweep.h"
+
+#include <optional>
 
 namespace attnres {
 namespace {
 
 // Calls `visit(sweep, row)` for every position, on several threads if there are many; it has to let the sweep read.
 template <typename T, typename Visit>
-void each_position(const Arguments& a, const KnownRows* known, bool keep, const Visit& visit) {
+void each_position(
+    const Arguments& a, const KnownRows* known, const Addition<T>& addition, bool keep, const Visit& visit) {
   const int64_t rows = a.rows();
   if (rows == 0) {
     return;
@@ -16,10 +20,11 @@ void each_position(const Arguments& a, const KnownRows* known, bool keep, const 
   Tensors copies;
   const auto places = rows_of(a, copies);
   const Parameters<T> parameters(a, padded_width<T>(a.width()));
-  const int64_t work = (a.count() + (known != nullptr)) * a.width() * ((parameters.queries + 3) / 4);
+  const int64_t read = a.count() + (known != nullptr) + (addition.delta != nullptr);
+  const int64_t work = read * a.width() * ((parameters.queries + 3) / 4);
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
     const FlushTiny flush;
-    Sweep<T> sweep(a, parameters, places, known, keep, begin, end);
+    Sweep<T> sweep(a, parameters, places, known, addition, keep, begin, end);
     for (int64_t row = begin; row < end; ++row) {
       visit(sweep, row);
     }
@@ -30,7 +35,7 @@ void each_position(const Arguments& a, const KnownRows* known, bool keep, const 
 template <typename T>
 void forward(const Arguments& a, const KnownRows* known, T* const* out, Acc<T>* const* lse) {
   const int64_t width = a.width(), queries = a.queries();
-  each_position<T>(a, known, false, [&](Sweep<T>& sweep, int64_t row) {
+  each_position<T>(a, known, {}, false, [&](Sweep<T>& sweep, int64_t row) {
     c10::SmallVector<T*, 16> to(queries);
     for (int64_t m = 0; m < queries; ++m) {
       to[m] = out[m] + row * width;
@@ -86,6 +91,31 @@ at::Tensor phase2_forward(const Known& given, const Arguments& a) {
   T* const out = static_cast<T*>(result.mutable_data_ptr());
   forward<T>(a, &known, &out, nullptr);
   return result;
+}
+
+// The norm of the mix, then the completed partial sum if there is a `delta`.
+template <typename T>
+Tensors mix_norm_forward(const Arguments& a, const at::Tensor* delta, const Known* given, const NormArguments& norm_given) {
+  Tensors keep, results;
+  const Norm<T> norm(norm_given, a.width());
+  std::optional<KnownRows> known;
+  if (given != nullptr) {
+    known.emplace(*given, keep);
+  }
+  results.push_back(at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type()));
+  T* const out = static_cast<T*>(results[0].mutable_data_ptr());
+  Addition<T> addition{};
+  std::optional<Rows> deltas;
+  if (delta != nullptr) {
+    results.push_back(at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type()));
+    addition = {&deltas.emplace(rows_of(*delta, keep)), static_cast<T*>(results[1].mutable_data_ptr())};
+  }
+  each_position<T>(a, known ? &*known : nullptr, addition, true, [&](Sweep<T>& sweep, int64_t row) {
+    sweep.read(row, nullptr);
+    const Acc<T> scale = norm.standardize(sweep.mixed(0));
+    norm.write(sweep.mixed(0), scale, out + row * a.width());
+  });
+  return results;
 }
 
 } // namespace

@@ -21,6 +21,14 @@ struct Gradient {
   Acc<T>* pull;              // [padded]: room for a sum
 };
 
+// All source gradients of one position are written to `outs`; `more` is a row that the last one has added to it, or null.
+template <typename T>
+struct Position {
+  const T* const* rows;
+  T* const* outs;
+  const T* more;
+};
+
 // One query, one chunk of columns: what all sources share, in registers from the first source to the last.
 template <typename T, bool Gain>
 struct Columns {
@@ -42,18 +50,20 @@ struct Columns {
   // Source i: writes its gradient, and adds its part of the sums over sources and positions.
   template <bool Whole, bool Stream>
   ATTNRES_INLINE inline void add(const Gradient<T>& g, int64_t i, const T* row, T* out, int64_t left) {
-    const Vec shrink(-g.shrink[i]), key(g.key[i]), value(g.value[i]);
     Vec low, high;
-    Whole ? S::load(row + column, low, high) : S::load(row + column, left, low, high);
-    const Vec grad_low = at::vec::fmadd(key, keyed_low, at::vec::fmadd(value, value_low, shrink * low));
-    const Vec grad_high = at::vec::fmadd(key, keyed_high, at::vec::fmadd(value, value_high, shrink * high));
-    sum_low = at::vec::fmadd(key, low, sum_low);
-    sum_high = at::vec::fmadd(key, high, sum_high);
-    if constexpr (Gain) {
-      pull_low = at::vec::fmadd(value, low, pull_low);
-      pull_high = at::vec::fmadd(value, high, pull_high);
-    }
-    Whole ? S::template store<Stream>(out + column, grad_low, grad_high) : S::store(out + column, left, grad_low, grad_high);
+    load<Whole>(row, left, low, high);
+    const Vec shrink(-g.shrink[i]);
+    give<Whole, Stream>(g, i, low, high, shrink * low, shrink * high, out, left);
+  }
+  // The same where `more` is added to the gradient.
+  template <bool Whole, bool Stream>
+  ATTNRES_INLINE inline void add(const Gradient<T>& g, int64_t i, const T* row, const T* more, T* out, int64_t left) {
+    Vec low, high, more_low, more_high;
+    load<Whole>(row, left, low, high);
+    load<Whole>(more, left, more_low, more_high);
+    const Vec shrink(-g.shrink[i]);
+    give<Whole, Stream>(g, i, low, high, at::vec::fmadd(shrink, low, more_low), at::vec::fmadd(shrink, high, more_high), out,
+                        left);
   }
 
   ATTNRES_INLINE inline void finish(const Gradient<T>& g) const {
@@ -66,6 +76,27 @@ struct Columns {
   }
 
  private:
+  template <bool Whole>
+  ATTNRES_INLINE inline void load(const T* row, int64_t left, Vec& low, Vec& high) const {
+    Whole ? S::load(row + column, low, high) : S::load(row + column, left, low, high);
+  }
+
+  // The gradient of a row, on top of what there is of it.
+  template <bool Whole, bool Stream>
+  ATTNRES_INLINE inline void give(const Gradient<T>& g, int64_t i, const Vec& low, const Vec& high, const Vec& on_low,
+                                  const Vec& on_high, T* out, int64_t left) {
+    const Vec key(g.key[i]), value(g.value[i]);
+    const Vec grad_low = at::vec::fmadd(key, keyed_low, at::vec::fmadd(value, value_low, on_low));
+    const Vec grad_high = at::vec::fmadd(key, keyed_high, at::vec::fmadd(value, value_high, on_high));
+    sum_low = at::vec::fmadd(key, low, sum_low);
+    sum_high = at::vec::fmadd(key, high, sum_high);
+    if constexpr (Gain) {
+      pull_low = at::vec::fmadd(value, low, pull_low);
+      pull_high = at::vec::fmadd(value, high, pull_high);
+    }
+    Whole ? S::template store<Stream>(out + column, grad_low, grad_high) : S::store(out + column, left, grad_low, grad_high);
+  }
+
   static inline void add_product(const Acc<T>* row, const Vec& pull, Acc<T>* sum) {
     at::vec::fmadd(Vec::loadu(row), pull, Vec::loadu(sum)).store(sum);
   }
@@ -73,26 +104,36 @@ struct Columns {
 
 // All source gradients of one position, for one query.
 template <typename T, bool Gain, bool Stream>
-inline void grads_of_one(const Gradient<T>& g, const T* const* rows, T* const* outs) {
+inline void grads_of_one(const Gradient<T>& g, const Position<T>& p) {
   constexpr int64_t chunk = Storage<T>::chunk;
+  const int64_t last = g.count - 1, count = p.more == nullptr ? g.count : last;
   int64_t column = 0;
   for (; column + 2 * chunk <= g.width; column += 2 * chunk) {
     Columns<T, Gain> first(g, column), second(g, column + chunk);
-    for (int64_t i = 0; i < g.count; ++i) {
-      first.template add<true, Stream>(g, i, rows[i], outs[i], 0);
-      second.template add<true, Stream>(g, i, rows[i], outs[i], 0);
+    for (int64_t i = 0; i < count; ++i) {
+      first.template add<true, Stream>(g, i, p.rows[i], p.outs[i], 0);
+      second.template add<true, Stream>(g, i, p.rows[i], p.outs[i], 0);
+    }
+    if (p.more != nullptr) {
+      first.template add<true, Stream>(g, last, p.rows[last], p.more, p.outs[last], 0);
+      second.template add<true, Stream>(g, last, p.rows[last], p.more, p.outs[last], 0);
     }
     first.finish(g);
     second.finish(g);
   }
+  const auto rest = [&]<bool Whole>(int64_t left) {
+    Columns<T, Gain> columns(g, column);
+    for (int64_t i = 0; i < count; ++i) {
+      columns.template add<Whole, Stream>(g, i, p.rows[i], p.outs[i], left);
+    }
+    if (p.more != nullptr) {
+      columns.template add<Whole, Stream>(g, last, p.rows[last], p.more, p.outs[last], left);
+    }
+    columns.finish(g);
+  };
   for (; column < g.width; column += chunk) {
     const int64_t left = g.width - column;
-    Columns<T, Gain> last(g, column);
-    for (int64_t i = 0; i < g.count; ++i) {
-      left < chunk ? last.template add<false, Stream>(g, i, rows[i], outs[i], left)
-                   : last.template add<true, Stream>(g, i, rows[i], outs[i], left);
-    }
-    last.finish(g);
+    left < chunk ? rest.template operator()<false>(left) : rest.template operator()<true>(left);
   }
 }
 
@@ -146,14 +187,14 @@ inline void grads_of_several(const Gradient<T>& g, const T* const* rows, T* cons
   }
 }
 
-// All source gradients of one position, and its part of the sums over positions.
+// All source gradients of one position, and its part of the sums over positions. Only one query may have `more`.
 template <typename T, bool Stream>
-inline void source_grads(const Gradient<T>& g, const T* const* rows, T* const* outs) {
+inline void source_grads(const Gradient<T>& g, const Position<T>& p) {
   const bool gained = g.gain_sum != nullptr;
   if (g.queries == 1) {
-    gained ? grads_of_one<T, true, Stream>(g, rows, outs) : grads_of_one<T, false, Stream>(g, rows, outs);
+    gained ? grads_of_one<T, true, Stream>(g, p) : grads_of_one<T, false, Stream>(g, p);
   } else {
-    gained ? grads_of_several<T, true, Stream>(g, rows, outs) : grads_of_several<T, false, Stream>(g, rows, outs);
+    gained ? grads_of_several<T, true, Stream>(g, p.rows, p.outs) : grads_of_several<T, false, Stream>(g, p.rows, p.outs);
   }
 }
 

@@ -12,8 +12,9 @@ namespace {
 constexpr int64_t kPieces = 128;
 constexpr int64_t kRowsPerPiece = 8;
 
-// What is summed over positions: the gradient of the folded query, and what the values contribute to that of the gain.
-enum Sum : int64_t { kKeyed, kGained, kSums };
+// What is summed over positions: the gradient of the folded query, what the values contribute to that of the gain, and the
+// gradients of a norm's weight and bias.
+enum Sum : int64_t { kKeyed, kGained, kWeight, kBias, kSums };
 
 // The sums that each piece of the rows contributes, `size` elements each.
 template <typename A>

@@ -160,6 +160,25 @@ inline void rounded_row(const Acc<T>* row, Acc<T> factor, int64_t width, T* to) 
   }
 }
 
+// to = row + more, rounded.
+template <typename T>
+inline void added_row(const T* row, const T* more, int64_t width, T* to) {
+  using S = Storage<T>;
+  typename S::Vec low, high, more_low, more_high;
+  for (int64_t column = 0; column < width; column += S::chunk) {
+    const int64_t left = width - column;
+    if (left < S::chunk) {
+      S::load(row + column, left, low, high);
+      S::load(more + column, left, more_low, more_high);
+      S::store(to + column, left, low + more_low, high + more_high);
+      return;
+    }
+    S::load(row + column, low, high);
+    S::load(more + column, more_low, more_high);
+    S::store(to + column, low + more_low, high + more_high);
+  }
+}
+
 // The softmax over depth of one query, group by group: sources seen so far weigh exp(logit - top), and `total` together.
 // A NaN among the logits makes every weight NaN, as torch.softmax does.
 template <typename A>

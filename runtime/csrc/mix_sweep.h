@@ -36,6 +36,13 @@ class Cursor {
   }
 };
 
+// What is added to the last source before it is read, and where the sums go, which are read in its place; or nothing.
+template <typename T>
+struct Addition {
+  const Rows* delta;
+  T* out;
+};
+
 // What reads the positions from `begin` to before `end`, in order, and what it has found at the last one: `inverse`
 // [count] the inverse root mean squares, `scores` [queries, count] before the logit scale.
 template <typename T>
@@ -46,14 +53,15 @@ class Sweep {
   c10::SmallVector<A, 64> inverse, scores;
 
   // `keep`: the mixes may stay in `mixed`, and not only be rounded to a row.
-  Sweep(const Arguments& a, const Parameters<T>& parameters, const Places& places, const KnownRows* known, bool keep,
-        int64_t begin, int64_t end)
+  Sweep(const Arguments& a, const Parameters<T>& parameters, const Places& places, const KnownRows* known,
+        const Addition<T>& addition, bool keep, int64_t begin, int64_t end)
       : rows(places, begin, end),
         inverse(a.count()),
         scores(parameters.queries * a.count()),
         options_(a.options),
         parameters_(parameters),
         known_(known),
+        addition_(addition),
         end_(end),
         count_(a.count()),
         width_(a.width()),
@@ -78,14 +86,15 @@ class Sweep {
       mixed = row_at<T>(known_->mixed, row);
       lse = *row_at<A>(known_->lse, row);
       running_[0] = Running<A>(lse);
-      if (row + 1 < end_) {
-        fetch_row(row_at<T>(known_->mixed, row + 1), width_);
-      }
+      fetch_after(row, known_->mixed);
     }
     const A scale = static_cast<A>(options_.logit_scale), factor = static_cast<A>(options_.factor);
     for (int64_t low = 0; low < count_; low += group_) {
       const int64_t high = std::min(count_, low + group_);
       for (int64_t i = low; i < high; ++i) {
+        if (addition_.delta != nullptr && i == count_ - 1) {
+          complete(row);
+        }
         look(i);
       }
       for (int64_t m = 0; m < parameters_.queries; ++m) {
@@ -112,11 +121,26 @@ class Sweep {
   const Options& options_;
   const Parameters<T>& parameters_;
   const KnownRows* known_;
+  const Addition<T> addition_;
   int64_t end_, count_, width_, group_;
   c10::SmallVector<A, 64> weights_, found_;
   c10::SmallVector<Running<A>, 16> running_;
   c10::SmallVector<const A*, 16> keyed_;
   Buffer<A> sums_;
+
+  void fetch_after(int64_t row, const Rows& of) const {
+    if (row + 1 < end_) {
+      fetch_row(row_at<T>(of, row + 1), width_);
+    }
+  }
+
+  void complete(int64_t row) {
+    const T*& last = rows.here[count_ - 1];
+    T* const to = addition_.out + row * width_;
+    fetch_after(row, *addition_.delta);
+    added_row(last, row_at<T>(*addition_.delta, row), width_, to);
+    last = to;
+  }
 
   void look(int64_t i) {
     row_sums(rows.here[i], rows.next[i], keyed_.data(), parameters_.queries, width_, found_.data());
