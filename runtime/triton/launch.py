@@ -18,7 +18,7 @@ from attnres_fx.runtime import reference
 from . import backward as kernels
 from . import configs
 from .forward import mix_forward as forward_kernel
-from .problem import ACCUMULATE, Early, Norm, Options, Problem, chunks, device_guard, rows_of, warp_size
+from .problem import ACCUMULATE, Early, Norm, Options, Problem, chunks, device_guard, empty_like, rows_of, warp_size
 
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
 
@@ -89,8 +89,8 @@ def mix_backward(
     if not sources[0].numel() or (len(sources) == 1 and not options[2]):
         # Nothing to sum, or a constant weight: no row has to be scored.
         wide = reference.mix_backward(grad, sources, query, key_gain, *options)
-        return [torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(w) for w, t in zip(wide, targets, strict=True)]
-    grads = [torch.empty(target.shape, dtype=target.dtype, device=target.device) for target in targets]
+        return [target.copy_(own) for target, own in zip(empty_like(targets), wide, strict=True)]
+    grads = empty_like(targets)
     row_grads = [rows_of(own) for own in (grad if query.ndim == 2 else grad.unsqueeze(0)).unbind(0)]
     problem = Problem.of(sources, query, key_gain, Options(*options), row_grads)
     count = len(sources)

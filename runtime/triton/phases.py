@@ -14,7 +14,7 @@ from torch import Tensor
 from attnres_fx.runtime import reference
 
 from .launch import backward, forward
-from .problem import Early, Options, Problem, device_guard, rows_of
+from .problem import Early, Options, Problem, device_guard, empty_like, rows_of, scalars_of
 
 
 def mix_phase1(
@@ -39,7 +39,7 @@ def mix_phase1_backward(
     logit_scale: float, normalize_values: bool,
 ) -> list[Tensor]:
     """The gradients of the sources, the query [M, d] and the gain, from those of the M mixes and the M log-sum-exps."""
-    targets = _empty_like([*sources, query] if key_gain is None else [*sources, query, key_gain])
+    targets = empty_like([*sources, query] if key_gain is None else [*sources, query, key_gain])
     if not sources[0].numel():
         return [target.zero_() for target in targets]
     row_grads = [rows_of(grad) for grad in grads[: len(query)]]
@@ -48,7 +48,7 @@ def mix_phase1_backward(
     with device_guard(query):
         backward(problem, row_grads, [rows_of(target) for target in targets[:count]], targets[count],
                  None if key_gain is None else targets[count + 1],
-                 lse_grads=[_scalars_of(grad) for grad in grads[len(query) :]])
+                 lse_grads=[scalars_of(grad) for grad in grads[len(query) :]])
     return targets
 
 
@@ -60,7 +60,7 @@ def mix_phase2(
     output = torch.empty(mixed.shape, dtype=reference.result_dtype([mixed, *sources]), device=mixed.device)
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, output_factor),
-                             phase=2, early=Early(rows_of(mixed), _scalars_of(lse)))
+                             phase=2, early=Early(rows_of(mixed), scalars_of(lse)))
         with device_guard(output):
             forward(problem, [rows_of(output)])
     return output
@@ -71,12 +71,12 @@ def mix_phase2_backward(
     logit_scale: float, normalize_values: bool, output_factor: float,
 ) -> list[Tensor]:
     """The gradients of mixed and lse, then those of the sources, the query [d] and the gain."""
-    targets = _empty_like([mixed, lse, *sources, query] if key_gain is None else [mixed, lse, *sources, query, key_gain])
+    targets = empty_like([mixed, lse, *sources, query] if key_gain is None else [mixed, lse, *sources, query, key_gain])
     if not mixed.numel():
         return [target.zero_() for target in targets]
     row_grad = rows_of(grad)
     problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, output_factor), [row_grad],
-                         phase=2, early=Early(rows_of(mixed), _scalars_of(lse)))
+                         phase=2, early=Early(rows_of(mixed), scalars_of(lse)))
     mixed_grad, lse_grad, *others = targets
     count = len(sources)
     with device_guard(grad):
@@ -84,12 +84,3 @@ def mix_phase2_backward(
                  None if key_gain is None else others[count + 1],
                  early_grads=Early(rows_of(mixed_grad), lse_grad.view(-1)))
     return targets
-
-
-def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
-
-
-def _scalars_of(tensor: Tensor) -> Tensor:
-    """[...] as [tokens], contiguous."""
-    return tensor.reshape(-1).contiguous()

@@ -40,6 +40,16 @@ def rows_of(tensor: Tensor) -> Tensor:
     return flat if width == 1 or flat.stride(-1) == 1 else flat.contiguous()
 
 
+def scalars_of(tensor: Tensor) -> Tensor:
+    """[...] as [tokens], contiguous."""
+    return tensor.reshape(-1).contiguous()
+
+
+def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous tensors for results, whatever the strides of those that they are like."""
+    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+
+
 def alignment(width: int, strides: Sequence[int]) -> int:
     """The largest power of two, at most 16, that divides the width and every stride (in elements)."""
     return math.gcd(16, width, *strides)
