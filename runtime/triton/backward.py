@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .forward import (
+    affine_rows,
     inverse_rms,
     load_keyed,
     load_rows,
@@ -22,28 +23,11 @@ from .forward import (
     load_tile,
     load_vector,
     round_to,
+    standard_rows,
     store_tile,
     tile_of,
     widen,
 )
-
-
-@triton.jit
-def norm_row_grad(
-    grad, mixed, norm_gain, columns, D: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr, ACC: tl.constexpr
-):
-    """The gradient of a tile of rows before the consumer's norm, and the normalised rows."""
-    within = (columns < D)[None, :]
-    if NORM == "layer":
-        mixed = tl.where(within, mixed - (tl.sum(mixed, 1) / D)[:, None], 0.0)
-    scale = inverse_rms(mixed, D, NORM_EPS)[:, None]
-    normed = mixed * scale
-    if norm_gain is not None:
-        grad = grad * load_vector(norm_gain, 0, columns, D, ACC)[None, :]
-    result = grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]
-    if NORM == "layer":
-        result = tl.where(within, result - (tl.sum(grad, 1) / D)[:, None], 0.0)
-    return result * scale, normed
 
 
 @triton.jit
@@ -52,6 +36,57 @@ def store_partial(partial, kind, m, M: tl.constexpr, columns, D: tl.constexpr, t
     kinds: tl.constexpr = 2
     place = (tl.program_id(0) * kinds + kind) * M + m
     tl.store(partial + place.to(tl.int64) * D + columns, tl.sum(total, 0), mask=columns < D)
+
+
+@triton.jit
+def norm_sums_zero(norm_partial, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr):
+    """What a program adds up for gain and bias of the consumer's norm; nothing where none is wanted."""
+    sums = ()
+    if norm_partial is not None:
+        sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC), tl.zeros([BLOCK_T, BLOCK_D], ACC))
+    return sums
+
+
+@triton.jit
+def norm_rows_grad(
+    grad,
+    mixed,
+    norm_gain,
+    norm_bias,
+    norm_out,
+    norm_sums,
+    rows,
+    columns,
+    tokens,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The gradient of a tile of rows before the consumer's norm, and the sums for its parameters.
+
+    The norm itself is stored to norm_out [tokens, d] unless that is None.
+    """
+    standard, scale = standard_rows(mixed, columns, D, NORM, NORM_EPS)
+    if norm_out is not None:
+        normed = affine_rows(standard, norm_gain, norm_bias, columns, D, ACC)
+        store_tile(norm_out + rows[:, None] * D + columns[None, :], normed, rows, columns, tokens, D)
+    if len(norm_sums) > 0:
+        norm_sums = (norm_sums[0] + grad * standard, norm_sums[1] + grad)
+    if norm_gain is not None:
+        grad = grad * load_vector(norm_gain, 0, columns, D, ACC)[None, :]
+    result = grad - standard * (tl.sum(grad * standard, 1) / D)[:, None]
+    if NORM == "layer":
+        result = tl.where((columns < D)[None, :], result - (tl.sum(grad, 1) / D)[:, None], 0.0)
+    return result * scale, norm_sums
+
+
+@triton.jit
+def store_norm_sums(norm_partial, columns, D: tl.constexpr, norm_sums):
+    """One program's sums for gain and bias of the norm: norm_partial is [programs, 2, d], contiguous, or None."""
+    if norm_partial is not None:
+        store_partial(norm_partial, 0, 0, 1, columns, D, norm_sums[0])
+        store_partial(norm_partial, 1, 0, 1, columns, D, norm_sums[1])
 
 
 @triton.jit
@@ -72,6 +107,8 @@ def mix_backward(
     early_lse_grad,
     partial,
     norm_gain,
+    norm_bias,
+    norm_out,
     norm_partial,
     tokens,
     D: tl.constexpr,
@@ -94,8 +131,9 @@ def mix_backward(
     gradients of the log-sum-exp (phase 1). early, early_lse: as in ``mix_forward``; their gradients go to early_grad
     [tokens, d] and early_lse_grad [tokens]. source_grads: a tuple of [tokens, d], written. priors: a tuple of
     [tokens, d] or None, added to the gradients of the sources (it may be the same memory).
-    partial [programs, 2, M, d] in ACC: sums for the folded query and for normalised values' gain. norm_partial
-    [programs, 2, 1, d]: for gain and bias of the consumer's norm, where NORM is "rms" or "layer".
+    partial [programs, 2, M, d] in ACC: sums for the folded query and for normalised values' gain.
+    Where NORM is "rms" or "layer", grads is the gradient of the consumer's norm, of norm_gain and norm_bias [d] or None;
+    norm_out [tokens, d] or None receives the norm, norm_partial [programs, 2, d] or None the sums for gain and bias.
     """
     count: tl.constexpr = len(sources)
     value_gain: tl.constexpr = NORMALIZE and gain is not None
@@ -103,7 +141,7 @@ def mix_backward(
     keyed = ()
     keyed_sums = ()
     value_sums = ()
-    norm_sums = (tl.zeros([BLOCK_T, BLOCK_D], ACC), tl.zeros([BLOCK_T, BLOCK_D], ACC)) if NORM != "" else ()
+    norm_sums = norm_sums_zero(norm_partial, BLOCK_D, BLOCK_T, ACC)
     for m in tl.static_range(M):
         keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
         keyed_sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
@@ -170,9 +208,9 @@ def mix_backward(
             if NORM != "":
                 if early is not None:
                     mixed += early_weight[:, None] * widen(early_row, ACC)
-                before, normed = norm_row_grad(row_grad, mixed * OUTPUT_FACTOR, norm_gain, columns, D, NORM, NORM_EPS, ACC)
-                norm_sums = (norm_sums[0] + row_grad * normed, norm_sums[1] + row_grad)
-                row_grad = before
+                row_grad, norm_sums = norm_rows_grad(
+                    row_grad, mixed * OUTPUT_FACTOR, norm_gain, norm_bias, norm_out, norm_sums, rows, columns, tokens, D,
+                    NORM, NORM_EPS, ACC)
             row_grad *= OUTPUT_FACTOR
             mean_pull = tl.zeros([BLOCK_T], ACC)
             if early is not None:
@@ -224,9 +262,43 @@ def mix_backward(
         store_partial(partial, 0, m, M, columns, D, keyed_sums[m])
         if value_gain:
             store_partial(partial, 1, m, M, columns, D, value_sums[m])
-    if NORM != "":
-        store_partial(norm_partial, 0, 0, 1, columns, D, norm_sums[0])
-        store_partial(norm_partial, 1, 0, 1, columns, D, norm_sums[1])
+    store_norm_sums(norm_partial, columns, D, norm_sums)
+
+
+@triton.jit
+def norm_backward(
+    grad,
+    grad_stride,
+    mixed,
+    norm_gain,
+    norm_bias,
+    norm_out,
+    norm_partial,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ALIGN: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The backward of the norm alone: of mixes that were computed before, as sources that do not fit make necessary.
+
+    mixed [tokens, d] in ACC, contiguous: every row is read, and the gradient of the mix written in its place. The others as
+    in ``mix_backward``.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    norm_sums = norm_sums_zero(norm_partial, BLOCK_D, BLOCK_T, ACC)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
+        rows, columns = tile_of(tile, BLOCK_D, BLOCK_T)
+        places = rows[:, None] * D + columns[None, :]
+        row_grad = widen(load_rows(grad, grad_stride, rows, columns, tokens, D, ALIGN), ACC)
+        before, norm_sums = norm_rows_grad(
+            row_grad, load_tile(mixed + places, rows, columns, tokens, D), norm_gain, norm_bias, norm_out, norm_sums, rows,
+            columns, tokens, D, NORM, NORM_EPS, ACC)
+        store_tile(mixed + places, before, rows, columns, tokens, D)
+    store_norm_sums(norm_partial, columns, D, norm_sums)
 
 
 @triton.jit
@@ -342,8 +414,6 @@ def mix_source_grads(
             wide = widen(load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN), ACC)
             shrink = tl.load(shrinks + (first + i) * tl.cast(tokens, tl.int64) + rows, mask=exists, other=0.0)
             source_grad = -shrink[:, None] * wide
-            if priors[i] is not None:
-                source_grad += widen(load_tile(priors[i] + places, rows, columns, tokens, D), ACC)
             old_keyed_sums, old_value_sums = keyed_sums, value_sums
             keyed_sums = ()
             value_sums = ()
@@ -357,6 +427,8 @@ def mix_source_grads(
                     row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
                 source_grad += value * row_grad + key * keyed[m][None, :]
                 keyed_sums += (old_keyed_sums[m] + key * wide,)
+            if priors[i] is not None:  # last: a row less is held meanwhile
+                source_grad += widen(load_tile(priors[i] + places, rows, columns, tokens, D), ACC)
             store_tile(source_grads[i] + places, source_grad, rows, columns, tokens, D)
         if early_grad is not None:
             place = (total_count - 1) * tl.cast(tokens, tl.int64)

@@ -15,6 +15,7 @@ from . import backward, configs, forward
 
 WIDTHS = (64, 256, 1000, 1024, 2048, 2304, 4096, 7168, 8192)
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+NORMS = ("rms", "layer")
 OPTIONS = {"EPS": 1e-6, "LOGIT_SCALE": 1.0, "OUTPUT_FACTOR": 1.0}
 
 
@@ -54,6 +55,11 @@ class Case:
         return 1 if "phase 1" in self.features else 2 if "phase 2" in self.features else None
 
     @property
+    def norm(self) -> str:
+        """Of the consumer: "rms", "layer" or none."""
+        return next((feature for feature in self.features if feature in NORMS), "")
+
+    @property
     def config(self) -> str:
         """The configuration in words."""
         words = [f"d={self.width}", f"sources={self.count}", f"queries={self.queries}", self.dtype]
@@ -68,10 +74,12 @@ class Case:
         rows = (row,) * self.count
         align = 16 if self.width % 16 == 0 else 8 if self.width % 8 == 0 else 1
         has_gain = wide if self.gain else None
-        norm = next((f for f in self.features if f in ("rms", "layer")), "")
+        norm = self.norm
+        grad = wide if "wide gradient" in self.features else row
         delta = row if "delta" in self.features else None
         chained = "chained" in self.features
-        priors = rows if "priors" in self.features else (None,) * self.count
+        last_prior = row if "prior of the last" in self.features else None
+        priors = rows if "priors" in self.features else (*(None,) * (self.count - 1), last_prior)
         scalars = (wide,) * self.queries if self.phase == 1 else None
         early, early_lse = (row, wide) if self.phase == 2 else (None, None)
         values: dict[str, Any] = {
@@ -82,9 +90,10 @@ class Case:
             "norm_gain": wide if norm else None, "norm_bias": wide if norm == "layer" else None,
             "state_sums": wide if chained else None, "state_rows": wide if chained else None,
             "FIRST": not chained, "LAST": True, "NORM": norm, "NORM_EPS": 1e-6 if norm else 0.0,
-            "grads": (row,) * self.queries, "grad_strides": (stride,) * self.queries, "lse_grads": scalars,
+            "grads": (grad,) * self.queries, "grad_strides": (stride,) * self.queries, "lse_grads": scalars,
             "source_grads": rows, "priors": priors, "early_grad": early, "early_lse_grad": early_lse,
-            "partial": wide, "norm_partial": wide if norm else None,
+            "partial": wide, "norm_out": row if norm else None, "norm_partial": wide if norm else None,
+            "grad": row, "grad_stride": stride, "mixed": wide,
             "scales": wide, "scores": wide, "pulls": wide, "first": Typed("i32", False), "total_count": Typed("i32", False),
             "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
             "programs": Typed("i32", False), "query_grad": wide, "gain_grad": has_gain,
@@ -108,11 +117,12 @@ class Case:
         if self.kernel is forward.mix_forward:
             return configs.forward_tile(self.width, self.queries, warp_size)
         if self.kernel is backward.mix_backward:
-            norm = not {"rms", "layer"}.isdisjoint(self.features)
-            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, norm, self.phase)
+            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, bool(self.norm), self.phase)
             if tile is None:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
+        if self.kernel is backward.norm_backward:
+            return configs.norm_tile(self.width, warp_size)
         return configs.split_tile(self.width, self.queries, warp_size)
 
 
@@ -125,8 +135,10 @@ def cases() -> Iterator[Case]:
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype)
             yield Case("mix_forward", forward.mix_forward, width, 9, queries, dtype, normalize=True)
             yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("chained",))
-            for norm in ("rms", "layer"):
-                yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("delta", norm))
+            for norm in NORMS:
+                for more, count in ((), 9), (("phase 2",), 1), (("phase 2",), configs.FORWARD_SOURCES), (("chained",), 9):
+                    yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=count == 1,
+                               features=(*more, "delta", norm))
             yield Case("mix_forward", forward.mix_forward, width, 9, queries, dtype, features=("phase 1",))
             for count, normalize in ((1, False), (configs.FORWARD_SOURCES, True)):
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=normalize,
@@ -141,7 +153,7 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
         for normalize in (False, True):
             for phase in (None, 1, 2) if queries == 1 else (None, 1):
                 features = () if phase is None else (f"phase {phase}",)
-                held = max((n for n in range(1, 33) if configs.backward_tile(width, n, queries, phase=phase)), default=0)
+                held = _most_held(width, queries, phase)
                 if held:
                     yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize,
                                features=features)
@@ -153,7 +165,29 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
                 for more in ((), ("priors",)) if phase is None else ((),):
                     yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
                                features=features + more)
-    held = max((n for n in range(1, 33) if configs.backward_tile(width, n, 1, norm=True)), default=0)
+    for normalize in (False, True):
+        for phase in (None, 2):
+            yield from _norm_cases(width, dtype, normalize, phase)
+    for norm in NORMS:
+        yield Case("norm_backward", backward.norm_backward, width, 1, dtype=dtype, features=(norm,))
+
+
+def _norm_cases(width: int, dtype: str, normalize: bool, phase: int | None) -> Iterator[Case]:
+    """The backward of a mix and its norm; where the norm comes first, by itself, the others read its gradient unrounded."""
+    features = ("prior of the last",) if phase is None else (f"phase {phase}", "prior of the last")
+    after_norm = (*features, "wide gradient")
+    for norm in NORMS:
+        held = _most_held(width, 1, phase, norm=True)
+        if held:
+            yield Case("mix_backward", backward.mix_backward, width, held, 1, dtype, normalize, features=(*features, norm))
+    held = _most_held(width, 1, phase)
     if held:
-        for norm in ("rms", "layer"):
-            yield Case("mix_backward", backward.mix_backward, width, held, 1, dtype, features=("priors", norm))
+        yield Case("mix_backward", backward.mix_backward, width, held, 1, dtype, normalize, features=after_norm)
+    yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, 1, dtype, normalize, features=after_norm)
+    yield Case("mix_source_grads", backward.mix_source_grads, width, configs.split_sources(width, 1, phase), 1, dtype,
+               normalize, features=after_norm)
+
+
+def _most_held(width: int, queries: int, phase: int | None, norm: bool = False) -> int:
+    """The most sources that one launch of ``mix_backward`` takes, or 0."""
+    return max((n for n in range(1, 33) if configs.backward_tile(width, n, queries, norm=norm, phase=phase)), default=0)

@@ -91,6 +91,11 @@ def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     return tile(width, 16 if width > 512 and queries == 1 and width != 4096 else 8, warp_size)
 
 
+def norm_tile(width: int, warp_size: int = 32) -> Tile:
+    """Of ``norm_backward``."""
+    return tile(width, 16 if width > 512 else 8, warp_size)
+
+
 def split_sources(width: int, queries: int, phase: int | None = None) -> int:
     """How many sources one launch of ``mix_source_grads`` takes; each launch reads the incoming gradient again."""
     if phase == 2:

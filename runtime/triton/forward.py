@@ -90,19 +90,23 @@ def inverse_rms(wide, D: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def norm_row(
-    mixed, norm_gain, norm_bias, columns, D: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr, ACC: tl.constexpr
-):
-    """The consumer's norm of a tile of rows: "rms" or "layer"."""
+def standard_rows(mixed, columns, D: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """Rows before gain and bias of the consumer's norm, "rms" or "layer", and the factor [rows, 1] that scaled them."""
     if NORM == "layer":
         centre = tl.sum(mixed, 1) / D
         mixed = tl.where((columns < D)[None, :], mixed - centre[:, None], 0.0)
-    mixed = mixed * inverse_rms(mixed, D, NORM_EPS)[:, None]
+    scale = inverse_rms(mixed, D, NORM_EPS)[:, None]
+    return mixed * scale, scale
+
+
+@triton.jit
+def affine_rows(standard, norm_gain, norm_bias, columns, D: tl.constexpr, ACC: tl.constexpr):
+    """Gain and bias of the consumer's norm, each [d] or None, on standardised rows."""
     if norm_gain is not None:
-        mixed *= load_vector(norm_gain, 0, columns, D, ACC)[None, :]
+        standard *= load_vector(norm_gain, 0, columns, D, ACC)[None, :]
     if norm_bias is not None:
-        mixed += load_vector(norm_bias, 0, columns, D, ACC)[None, :]
-    return mixed
+        standard += load_vector(norm_bias, 0, columns, D, ACC)[None, :]
+    return standard
 
 
 @triton.jit
@@ -247,7 +251,8 @@ def mix_forward(
                 mixed = mixed * kept[:, None] + power[:, None] * widen(early_row, ACC)
             mixed *= (OUTPUT_FACTOR / total)[:, None]
             if NORM != "":
-                mixed = norm_row(mixed, norm_gain, norm_bias, columns, D, NORM, NORM_EPS, ACC)
+                standard, _ = standard_rows(mixed, columns, D, NORM, NORM_EPS)
+                mixed = affine_rows(standard, norm_gain, norm_bias, columns, D, ACC)
             store_tile(outputs[m] + places, mixed, rows, columns, tokens, D)
             if lses is not None:
                 tl.store(lses[m] + rows, peaks[m] + tl.log(total), mask=exists)

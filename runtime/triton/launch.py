@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from attnres_fx.runtime import reference
+from attnres_fx.runtime.norm import Norm
 
 from . import backward as kernels
 from . import configs
 from .forward import mix_forward as forward_kernel
-from .problem import ACCUMULATE, Early, Norm, Options, Problem, chunks, device_guard, empty_like, rows_of, warp_size
+from .problem import ACCUMULATE, Early, Options, Problem, chunks, device_guard, empty_like, rows_of, warp_size
 
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
 
@@ -46,7 +47,8 @@ def forward(
 ) -> None:
     """Write the mixes to outputs, M of [tokens, d], and the log-sum-exp of their logits to lses, M of [tokens].
 
-    With delta [tokens, d] the last source is taken as source + delta and stored to partial_out [tokens, d].
+    With delta [tokens, d] the last source is taken as source + delta and stored to partial_out [tokens, d]. With norm, of
+    contiguous weight and bias, outputs receive the normalised mix.
     """
     for part in chunks(len(problem.query), configs.forward_queries(problem.width, problem.element)):
         own_lses = None if lses is None else tuple(lses[part])
@@ -72,10 +74,10 @@ def _forward_group(
             lses if last else None, *problem.early_arguments(last),
             delta if last else None, problem.stride(delta) if last and delta is not None else 0,
             partial_out if last else None,
-            own_norm.gain if own_norm else None, own_norm.bias if own_norm else None,
+            own_norm.weight if own_norm else None, own_norm.bias if own_norm else None,
             state_sums, state_rows, tokens,
             **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
-            NORM=own_norm.kind if own_norm else "", NORM_EPS=own_norm.eps if own_norm else 0.0,
+            **_norm_constants(own_norm),
             GROUP=configs.forward_group(problem.width, problem.element), FIRST=first, LAST=last)
 
 
@@ -111,21 +113,23 @@ def backward(
     early_grads: Early | None = None,
     priors: Sequence[Tensor | None] | None = None,
     norm: Norm | None = None,
+    normed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Write the gradients of a mix.
 
     grads: M of [tokens, d] with unit stride along d; lse_grads: M of [tokens], of the log-sum-exp that the forward gave.
     source_grads: [tokens, d] each; priors are added to them, each None or [tokens, d] (it may be the gradient's own
     memory: accumulation). query_grad [M, d]; gain_grad as the gain. early_grads: those of the problem's early mix.
-    With norm, grads is that of the normalised mix (of one query; the mix is computed again), and the gradients of the
-    norm's gain and bias are returned, [d] each in the dtype of the statistics.
+    With norm, grads is that of the normalised mix (of one query; the mix is computed again, and its norm written to normed
+    [tokens, d] where that is given), and if the norm has parameters, gradients of weight and bias are returned, [d] each in
+    the dtype of the statistics.
     Raises: ValueError for a norm of several queries.
     """
     if norm is not None and len(problem.query) > 1:
         raise ValueError(f"the norm of a mix is that of one query, got {len(problem.query)} queries")
     norm_grads = None
     if norm is not None and problem.backward_tile(norm) is None:
-        grad, norm_grads = _before_norm(problem, grads[0], norm)
+        grad, norm_grads = _before_norm(problem, grads[0], norm, normed)
         grads = [grad]
         norm = None
     groups = chunks(len(problem.query), configs.backward_queries(problem.width))
@@ -136,7 +140,7 @@ def backward(
     for group in groups:
         own = problem.of_queries(group)
         incoming = tuple(grads[group]), None if lse_grads is None else tuple(lse_grads[group])
-        partial, own_norm_grads = _backward_group(own, incoming, wide, priors, early_grads, norm)
+        partial, own_norm_grads = _backward_group(own, incoming, wide, priors, early_grads, norm, normed)
         norm_grads = norm_grads or own_norm_grads
         if gain_grad is None:
             own_gain_grad = None
@@ -155,25 +159,47 @@ def backward(
     return norm_grads
 
 
-def _before_norm(problem: Problem, grad: Tensor, norm: Norm) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The gradient of the mix from that of its norm, and those of the norm's gain and bias, by torch operations."""
+def _before_norm(
+    problem: Problem, grad: Tensor, norm: Norm, normed: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The gradient of the mix, which is computed again, from that of its norm; and those of the norm's weight and bias."""
     mixed = problem.empty(problem.tokens, problem.width)
     forward(problem, [mixed])
-    if norm.kind == "layer":
-        mixed = mixed - mixed.mean(-1, keepdim=True)
-    scale = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + norm.eps)
-    normed = mixed * scale
-    wide = grad.to(problem.accumulate)
-    own = wide if norm.gain is None else wide * norm.gain.to(problem.accumulate)
-    before = own - normed * (own * normed).mean(-1, keepdim=True)
-    if norm.kind == "layer":
-        before = before - own.mean(-1, keepdim=True)
-    return before * scale, ((wide * normed).sum(0), wide.sum(0))
+    tile = configs.norm_tile(problem.width, warp_size(mixed.device))
+    programs = configs.programs(problem.tokens, tile)
+    norm_partial = _norm_partial(problem, norm, programs)
+    kernels.norm_backward[(programs,)](
+        grad, problem.stride(grad), mixed, norm.weight, norm.bias, normed, norm_partial, problem.tokens, D=problem.width,
+        BLOCK_D=tile.block_d, BLOCK_T=tile.block_t, ALIGN=problem.align, **_norm_constants(norm),
+        ACC=ACCUMULATE[problem.accumulate], num_warps=tile.warps)
+    return mixed, _norm_grads(norm_partial)
+
+
+def _norm_constants(norm: Norm | None) -> dict[str, Any]:
+    """The norm as compile-time arguments."""
+    if norm is None:
+        return {"NORM": "", "NORM_EPS": 0.0}
+    return {"NORM": "layer" if norm.centered else "rms", "NORM_EPS": norm.eps}
+
+
+def _norm_partial(problem: Problem, norm: Norm | None, programs: int) -> Tensor | None:
+    """A buffer for the sums over tokens of weight and bias, [programs, 2, d]; None where the norm has neither."""
+    if norm is None or (norm.weight is None and norm.bias is None):
+        return None
+    return problem.empty(programs, 2, problem.width)
+
+
+def _norm_grads(partial: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The gradients of weight and bias from the sums of all programs."""
+    if partial is None:
+        return None
+    weight_grad, bias_grad = partial.sum(0).unbind(0)
+    return weight_grad, bias_grad
 
 
 def _backward_group(
     problem: Problem, incoming: Incoming, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None],
-    early_grads: Early | None, norm: Norm | None,
+    early_grads: Early | None, norm: Norm | None, normed: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Write the gradients of the sources; return the partial rows [programs, 2, M, d] of the parameters' gradients, and
     the gradients of the norm's parameters.
@@ -184,18 +210,15 @@ def _backward_group(
         return _backward_split(problem, incoming, source_grads, priors, early_grads), None
     programs = configs.programs(problem.tokens, tile)
     partial = problem.empty(programs, 2, len(problem.query), problem.width)
-    norm_partial = problem.empty(programs, 2, problem.width) if norm is not None else None
+    norm_partial = _norm_partial(problem, norm, programs)
     kernels.mix_backward[(programs,)](
         grads, problem.strides(grads), lse_grads, tuple(problem.sources), problem.strides(problem.sources), problem.query,
         problem.gain, *problem.early_arguments(), tuple(source_grads), tuple(priors),
         early_grads.mixed if early_grads else None, early_grads.lse if early_grads else None, partial,
-        norm.gain if norm is not None else None, norm_partial, problem.tokens, **problem.constants(tile),
-        EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale, NORM=norm.kind if norm else "",
-        NORM_EPS=norm.eps if norm else 0.0)
-    if norm_partial is None:
-        return partial, None
-    gain_grad, bias_grad = norm_partial.sum(0).unbind(0)
-    return partial, (gain_grad, bias_grad)
+        norm.weight if norm else None, norm.bias if norm else None, normed if norm else None, norm_partial, problem.tokens,
+        **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
+        **_norm_constants(norm))
+    return partial, _norm_grads(norm_partial)
 
 
 def _backward_split(

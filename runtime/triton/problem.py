@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnres_fx.runtime import reference
 from attnres_fx.runtime.errors import KernelError
+from attnres_fx.runtime.norm import Norm
 
 from . import configs
 
@@ -75,16 +76,6 @@ def chunks(count: int, most: int) -> list[slice]:
     runs = math.ceil(count / most)
     bounds = [count * run // runs for run in range(runs + 1)]
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The consumer's norm that a mix of one query is handed on through: kind "rms" or "layer", gain and bias [d] or None."""
-
-    kind: str
-    gain: Tensor | None
-    bias: Tensor | None
-    eps: float
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torch import Tensor
 from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, phases, reference
 from attnres_fx.runtime.mix import mix
+from attnres_fx.runtime.norm import Norm
 from attnres_fx.runtime.triton import configs, launch
 from attnres_fx.runtime.triton import phases as kernels
-from attnres_fx.runtime.triton.problem import Early, Norm, Options, Problem
+from attnres_fx.runtime.triton.problem import Early, Options, Problem
 
 PHASE1, PHASE2 = phases.PHASE1_TRITON, phases.PHASE2_TRITON
 DOUBLE = torch.float64
@@ -241,7 +242,7 @@ def test_partial_sum_and_norm_in_phase_2(kind: str) -> None:
 
     options = Options(1e-6, 1.0, True, 1.0)
     mixed, lse = kernels.mix_phase1(early, query, gain, 1e-6, 1.0, True)
-    norm = Norm(kind, weight, bias if kind == "layer" else None, 1e-5)
+    norm = Norm(kind == "layer", weight, bias if kind == "layer" else None, 1e-5)
     problem = Problem.of(late, query[0], gain, options, [delta], phase=2, early=Early(mixed, lse))
     output, formed = torch.empty(2, 5, 20, dtype=DOUBLE)
     launch.forward(problem, [output], delta=delta, partial_out=formed, norm=norm)

@@ -21,6 +21,7 @@ import attnres_fx
 from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, reference
 from attnres_fx.runtime.mix import MIX_TRITON
+from attnres_fx.runtime.norm import Norm
 from attnres_fx.runtime.triton import configs, launch, phases
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
@@ -280,7 +281,7 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
     sources, query, gain = make(4, (5, 20), gain="same")
     delta = torch.randn(5, 20, dtype=torch.float64)
     weight, bias = torch.randn(20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
-    norm = launch.Norm(kind, weight, bias if kind == "layer" else None, 1e-5)
+    norm = Norm(kind == "layer", weight, bias if kind == "layer" else None, 1e-5)
     output, partial = torch.empty(2, 5, 20, dtype=torch.float64).unbind(0)
     problem = launch.Problem.of(sources, query, gain, launch.Options(*DEFAULTS))
     launch.forward(problem, [output], delta=delta, partial_out=partial, norm=norm)

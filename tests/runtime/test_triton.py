@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_the_table_of_binaries(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["kernels", "--target", "cuda:90", "--width", "1024", "--brief", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} == {
-        "mix_forward", "mix_backward", "mix_scores", "mix_source_grads", "reduce_parameter_grads"}
+        "mix_forward", "mix_backward", "norm_backward", "mix_scores", "mix_source_grads", "reduce_parameter_grads"}
     for row in rows:
         assert {"name", "config", "registers", "spills", "shared_bytes", "load_bytes"} <= set(row)
         _check(row)
@@ -129,11 +130,13 @@ def test_a_binary_of_the_other_targets(target: str) -> None:
 @COMPILED
 @pytest.mark.parametrize("phase, kernel, count, queries", [
     ("phase 1", "mix_forward", 9, 4), ("phase 2", "mix_forward", 1, 1), ("phase 1", "mix_backward", 4, 2),
-    ("phase 2", "mix_backward", 2, 1), ("phase 2", "mix_source_grads", 2, 1)])
-def test_a_binary_of_the_phases(phase: str, kernel: str, count: int, queries: int) -> None:
+    ("phase 2", "mix_backward", 2, 1), ("phase 2", "mix_source_grads", 2, 1), ("phase 2 delta rms", "mix_forward", 1, 1),
+    ("rms", "mix_backward", 4, 1), ("phase 2 layer", "mix_backward", 2, 1), ("layer", "norm_backward", 1, 1)])
+def test_a_binary_of_the_phases_and_of_norms(phase: str, kernel: str, count: int, queries: int) -> None:
     from attnres_fx.runtime.triton import aot, backward, cases, forward
 
-    case = cases.Case(kernel, getattr(backward, kernel, forward.mix_forward), 1024, count, queries, features=(phase,))
+    features = tuple(re.findall(r"phase \d|\w+", phase))
+    case = cases.Case(kernel, getattr(backward, kernel, forward.mix_forward), 1024, count, queries, features=features)
     assert phase in case.config
     _check(aot.compile_case(case, "cuda:90").to_dict())
 
