@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from . import triton as triton_kernels
 from ._compat import below_autograd, in_forward_mode, in_functorch_transform
 from .norm import Norm
 from .operators import (
@@ -22,6 +23,7 @@ from .operators import (
     VARIANTS,
     backward_autograd,
     native_or,
+    on_gpu,
     operator_of,
     round_into_new,
     tensors_in,
@@ -42,6 +44,8 @@ MIX_NORM = operator_of("mix_norm")
 MIX_NORM_BACKWARD = operator_of("mix_norm_backward")
 MIX_NORM_REFERENCE = operator_of("mix_norm_reference")
 MIX_NORM_TRITON = operator_of("mix_norm_triton")
+MIX_NORM_BACKWARD_REFERENCE = operator_of("mix_norm_backward_reference")
+MIX_NORM_BACKWARD_TRITON = operator_of("mix_norm_backward_triton")
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,18 @@ def _backward_fake(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> lis
     return [normed, *(target.new_empty(target.shape) for target in reading.targets)]
 
 
+def _triton(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    _reading(sources, query, key_gain, delta, *rest)
+    return triton_kernels.mix_norm(sources, query, key_gain, delta, *rest)
+
+
+def _backward_triton(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> list[Tensor]:
+    _checked(grad, partial_grad, *rest)
+    return triton_kernels.mix_norm_backward(grad, partial_grad, *rest)
+
+
 class _MixNorm(torch.autograd.Function):
     """Flat arguments: an autograd.Function does not look for tensors inside lists."""
 
@@ -239,12 +255,14 @@ def _autograd(
     return made
 
 
-for _base, _kernel, _composite, _fake_kernel in (
-    ("mix_norm", _reference, mix_norm_composite, _fake),
-    ("mix_norm_backward", _backward_reference, mix_norm_backward_composite, _backward_fake),
+for _base, _kernel, _on_triton, _composite, _fake_kernel in (
+    ("mix_norm", _reference, _triton, mix_norm_composite, _fake),
+    ("mix_norm_backward", _backward_reference, _backward_triton, mix_norm_backward_composite, _backward_fake),
 ):
     LIBRARY.impl(_base, partial(native_or, _kernel, _base), "CompositeExplicitAutograd")
+    LIBRARY.impl(_base, partial(on_gpu, _on_triton, _kernel), "CUDA")
     LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_base}_triton", _on_triton, "CompositeExplicitAutograd")
     for _name in VARIANTS:
         for _key in ("FuncTorchBatched", "Batched"):
             LIBRARY.impl(f"{_base}{_name}", _composite, _key)

@@ -1,4 +1,5 @@
-"""Triton kernels of the mix and its two phases. Importing this package does not import triton; calling its functions does.
+"""Triton kernels of the mix, its two phases, and mix and norm in one. Importing this package does not import triton; calling
+its functions does.
 
 Not run on a GPU so far: their values come from Triton's interpreter, their resources from binaries compiled ahead of time.
 """
@@ -103,6 +104,18 @@ def mix_phase2_backward(
     return made
 
 
+def mix_norm(sources: list[Tensor], query: Tensor, *arguments: Any) -> list[Tensor]:
+    """``attnres::mix_norm``, likewise."""
+    made: list[Tensor] = _fused(query).mix_norm(sources, query, *arguments)
+    return made
+
+
+def mix_norm_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """``attnres::mix_norm_backward``, likewise."""
+    made: list[Tensor] = _fused(grad).mix_norm_backward(grad, *arguments)
+    return made
+
+
 def _launcher(tensor: Tensor) -> Any:
     _demand(tensor)
     from . import launch
@@ -115,6 +128,13 @@ def _phases(tensor: Tensor) -> Any:
     from . import phases
 
     return phases
+
+
+def _fused(tensor: Tensor) -> Any:
+    _demand(tensor)
+    from . import fused
+
+    return fused
 
 
 def _demand(tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ import attnres_fx
 from attnres_fx import cli, errors
 from attnres_fx.errors import AttnResError, OptionError
 from attnres_fx.options import Options
-from attnres_fx.runtime import phases, triton
+from attnres_fx.runtime import mix_norm, phases, triton
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -32,7 +32,8 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("file, chosen", [
-    ("triton", "not slow"), pytest.param("triton", "slow", marks=pytest.mark.slow), ("phases", "not slow")])
+    ("triton", "not slow"), pytest.param("triton", "slow", marks=pytest.mark.slow), ("phases", "not slow"),
+    ("mix_norm", "not slow")])
 def test_in_the_interpreter(file: str, chosen: str) -> None:
     """All of interpreted_*.py: Triton reads the variable when it is first imported, hence the process."""
     file = str(HERE / f"interpreted_{file}.py")
@@ -64,6 +65,16 @@ def test_the_phases_are_refused_on_a_cpu() -> None:
     parts = phases.PHASE1([row], row, None)
     for call in (lambda: phases.PHASE1_TRITON([row], row, None),
                  lambda: phases.PHASE2_TRITON(parts[0], parts[2], [row], row[0], None)):
+        with pytest.raises(errors.KernelError, match="no compiler for the CPU"):
+            call()
+
+
+@COMPILED
+def test_mix_norm_is_refused_on_a_cpu() -> None:
+    row = torch.ones(2, 4)
+    tensors, options = ([row], row[0], None, None, None, None, None), (1e-6, 1.0, False, 1.0, False, 1e-6)
+    for call in (lambda: mix_norm.MIX_NORM_TRITON(*tensors, None, *options),
+                 lambda: mix_norm.MIX_NORM_BACKWARD_TRITON(row, None, *tensors, *options)):
         with pytest.raises(errors.KernelError, match="no compiler for the CPU"):
             call()
 
