@@ -8,7 +8,7 @@ Parameters and partial rows are left out; they are the same for any number of to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .triton import configs
 
@@ -35,8 +35,10 @@ class Traffic:
 class Mix:
     """One mix: number of sources, width, queries, bytes of a stored element and of an accumulated one.
 
-    ``add``: the last source is formed by the launch, as partial + delta. ``phase``: 1 for a mix of the early sources that
-    keeps the log-sum-exp of every query; 2 for one that goes on from it, by ``count`` more sources; None for all at once.
+    ``add``: the last source is formed by the launch, as partial + delta, and in the backward the gradient of this sum from
+    its other readers is added. ``norm``: the mix is handed on through a norm, which the backward gives again.
+    ``phase``: 1 for a mix of the early sources that keeps the log-sum-exp of every query; 2 for one that goes on from it, by
+    ``count`` more sources; None for all at once.
     """
 
     count: int
@@ -45,6 +47,7 @@ class Mix:
     element: int = 2
     accumulate: int = 4
     add: bool = False
+    norm: bool = False
     phase: int | None = None
 
     @property
@@ -82,24 +85,35 @@ def backward(mix: Mix) -> Traffic:
         # Several groups add up in the dtype of the statistics, and the sum is rounded by one more copy.
         grad_row = mix.row if groups == 1 else mix.width * mix.accumulate
         prior = mix.count * grad_row if group > 0 else 0
-        total += _backward_group(mix, queries, grad_row) + Traffic(prior, 0)
+        total += _backward_group(mix, queries, grad_row) + Traffic(prior + mix.add * mix.row, 0)
     if groups > 1:
         total += Traffic(mix.count * mix.width * mix.accumulate, mix.count * mix.row)
     return total
 
 
 def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
+    held = configs.backward_tile(mix.width, mix.count, queries, norm=mix.norm, phase=mix.phase) is not None
+    before_norm, incoming_row = Traffic(0, 0), mix.row
+    if mix.norm and held:
+        before_norm = Traffic(0, mix.row)
+    elif mix.norm:
+        # The mix comes first, unrounded; its gradient takes its place, and is what the others read.
+        incoming_row = mix.width * mix.accumulate
+        mixed = forward(replace(mix, add=False)) + Traffic(0, incoming_row - mix.row)
+        before_norm = mixed + Traffic(incoming_row + mix.row, incoming_row + mix.row)
+        held = configs.backward_tile(mix.width, mix.count, queries, phase=mix.phase) is not None
     written = mix.count * grad_row + mix.early * mix.row
-    if configs.backward_tile(mix.width, mix.count, queries, phase=mix.phase) is not None:
+    if held:
         lses = (queries if mix.phase == 1 else mix.early) * mix.accumulate
-        return Traffic((mix.count + queries + mix.early) * mix.row + lses, written + mix.early * mix.accumulate)
+        rows = (mix.count + mix.early) * mix.row + queries * incoming_row
+        return before_norm + Traffic(rows + lses, written + mix.early * mix.accumulate)
     score_launches = _runs(mix.count, configs.FORWARD_SOURCES)
     grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries, mix.phase))
-    rows = (2 * mix.count + mix.early + (score_launches + grad_launches) * queries) * mix.row
+    rows = (2 * mix.count + mix.early) * mix.row + (score_launches + grad_launches) * queries * incoming_row
     # The softmax over depth between the launches reads and writes the same scalars a few times more, and the log-sum-exp
     # and its gradient once; torch does it.
     scalars = (mix.count * (2 * queries + 1) + mix.early) * mix.accumulate
-    return Traffic(rows + scalars, written + scalars)
+    return before_norm + Traffic(rows + scalars, written + scalars)
 
 
 def one_pass_network(layers: int, per_block: int, width: int, element: int = 2) -> float:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import traffic
 from torch import Tensor
 
 from attnres_fx.errors import KernelError
-from attnres_fx.runtime import mix_norm
+from attnres_fx.runtime import costs, mix_norm
 from attnres_fx.runtime.triton import configs
 
 FORWARD, BACKWARD = mix_norm.MIX_NORM_TRITON, mix_norm.MIX_NORM_BACKWARD_TRITON
@@ -230,3 +231,38 @@ def test_the_operator() -> None:
 def test_too_wide_is_refused() -> None:
     with pytest.raises(KernelError, match="at most 8192"):
         FORWARD(*call(2, 1, 8193, given=set(), dtype=torch.bfloat16), *RMS)
+
+
+# Traffic
+
+
+@pytest.mark.parametrize("count, width, phase, add", [
+    (4, 1024, None, True), (4, 1024, None, False), (9, 1024, None, True), (30, 64, None, True), (2, 4096, None, False),
+    (2, 1024, 2, True), (3, 1024, 2, True), (2, 64, 2, False), (5, 64, 2, True), (1, 4096, 2, True)])
+def test_the_cost_model_is_what_the_kernels_move(
+    count: int, width: int, phase: int | None, add: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One program walks over all tokens, so that partial rows cost the same whatever their number.
+    monkeypatch.setattr(configs, "PARTIAL_ROWS", 1)
+    mix = costs.Mix(count, width, add=add, norm=True, phase=phase)
+    given = {"weight", "bias", *(["delta"] if add else []), *(["mixed"] if phase else [])}
+
+    def moved(tokens: int) -> list[costs.Traffic]:
+        """By forward and backward, but for the parameters."""
+        tensors = call(count, tokens, width, given=given, dtype=torch.bfloat16)
+        results: list[Tensor] = []
+        parameters = {"query": tensors[1], "weight": tensors[6], "bias": tensors[7]}
+        counted = []
+        for backward in (False, True):
+            with traffic.counting(parameters) as counter:
+                if backward:
+                    BACKWARD(results[0], results[1] if add else None, *of_backward(tensors, *results[1:] or [None]), *RMS)
+                else:
+                    results = FORWARD(*tensors, *RMS)
+            counted.append(costs.Traffic(counter.loaded.total() - sum(map(counter.loaded.get, parameters, [0] * 3)),
+                                         counter.stored.total()))
+        return counted
+
+    few, many = moved(1), moved(2)
+    assert few[0] == costs.forward(mix)
+    assert [more + less * -1 for more, less in zip(many, few)] == [costs.forward(mix), costs.backward(mix)]
