@@ -1,4 +1,4 @@
-"""Which implementation serves a mix, by device, dtype and shape, and why: one table, for people and for programs."""
+"""Which implementation serves an operator, by device, dtype and shape, and why: one table, for people and for programs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ _NATIVE_DTYPES = "float32, bfloat16, float16, float64; one dtype for all sources
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row: calls on ``device`` with these ``dtypes`` and ``shapes`` run on ``implementation``, because of ``reason``."""
+    """One row: calls on ``device`` with these ``dtypes`` and ``shapes`` run on ``implementation``, because of ``reason``.
+
+    ``operators`` of the namespace attnres, forward and backward: "phases" are ``mix_phase1`` and ``mix_phase2``.
+    """
 
     device: str
+    operators: str
     dtypes: str
     shapes: str
     implementation: str
@@ -32,9 +36,9 @@ class KernelTable(tuple[Kernel, ...]):
         """The rows as a rich table."""
         from rich.table import Table
 
-        table = Table("device", "dtypes of the sources", "shapes", "kernel", "why")
+        table = Table("device", "operators", "dtypes of the sources", "shapes", "kernel", "why")
         for row in self:
-            table.add_row(row.device, row.dtypes, row.shapes, row.implementation, row.reason)
+            table.add_row(row.device, row.operators, row.dtypes, row.shapes, row.implementation, row.reason)
         return table
 
     def __str__(self) -> str:
@@ -47,8 +51,9 @@ class KernelTable(tuple[Kernel, ...]):
 
 
 def kernels() -> KernelTable:
-    """What serves ``attnres_fx.mix`` and compiled models here, forward and backward. Builds and loads nothing.
+    """What serves ``attnres_fx.mix``, and in compiled models its phases and mix_norm too, forward and backward.
 
+    Builds and loads nothing.
     ``torch.compile(model, backend="attnres", options={"kernels": "reference"})`` overrules it for one model.
     """
     from attnres_fx.runtime.cpu import build, native
@@ -65,11 +70,13 @@ def kernels() -> KernelTable:
     else:
         implementation = "reference" if state.status == "unavailable" else "native"
     return KernelTable([
-        Kernel("cpu", "any", "one source, raw values", "reference", "the mix of one source is a copy"),
-        Kernel("cpu", _NATIVE_DTYPES, "any", implementation, reason),
-        Kernel("cpu", "several dtypes among the sources", "any", "reference", "native kernels read rows of one dtype"),
+        Kernel("cpu", "mix_norm", "any", "any", "reference", "it has no native kernel"),
+        Kernel("cpu", "mix", "any", "one source, raw values", "reference", "the mix of one source is a copy"),
+        Kernel("cpu", "mix, phases", _NATIVE_DTYPES, "any", implementation, reason),
+        Kernel("cpu", "mix, phases", "several dtypes among the sources", "any", "reference",
+               "native kernels read rows of one dtype"),
         _gpu(),
-        Kernel("any other", "any", "any", "reference", "there is no kernel for other devices"),
+        Kernel("any other", "all", "any", "any", "reference", "there is no kernel for other devices"),
     ])
 
 
@@ -79,6 +86,6 @@ def _gpu() -> Kernel:
 
     refusal = obstacle("cuda")
     if refusal is not None:
-        return Kernel("cuda", "any", "any", "reference", "triton is not installed: pip install attnres-fx[triton]")
-    return Kernel("cuda", "any", f"d <= {MAX_WIDTH}; wider on the reference", "triton",
+        return Kernel("cuda", "all", "any", "any", "reference", "triton is not installed: pip install attnres-fx[triton]")
+    return Kernel("cuda", "all", "any", f"d <= {MAX_WIDTH}; wider on the reference", "triton",
                   "Triton, compiled by it at the first call; not run on a GPU by the project's tests")

@@ -13,6 +13,7 @@ from reference import NanoGPT
 from torch import Tensor
 
 import attnres_fx
+import attnres_fx.runtime.mix_norm  # defines the operator
 from attnres_fx import cli
 from attnres_fx.errors import KernelError, OptionError
 from attnres_fx.kernel_table import Kernel, KernelTable
@@ -46,6 +47,20 @@ def test_the_table_is_frozen_and_prints() -> None:
         table[0].device = "cuda"  # type: ignore[misc]
     assert {row.implementation for row in table} <= {"native", "reference", "triton"} and all(row.reason for row in table)
     assert "any other" in str(table) and json.dumps(table.to_dict())
+
+
+def test_the_table_names_every_operator() -> None:
+    """As the dispatcher has it: what is native on the CPU, and that a GPU has a kernel of its own for all."""
+    names = {"mix": ("mix",), "phases": ("mix_phase1", "mix_phase2"), "mix_norm": ("mix_norm",)}
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    for part in ("", "_backward"):
+        for word, operators in names.items():
+            rows = [row for row in attnres_fx.kernels() if row.device == "cpu" and word in row.operators.split(", ")]
+            if native.ensure():
+                native_row = any(row.implementation == "native" for row in rows)
+                assert all(registered(f"attnres::{name}{part}", "CPU") == native_row for name in operators)
+            assert rows and all(registered(f"attnres::{name}{part}", "CUDA") for name in operators)
+    assert [row.operators for row in attnres_fx.kernels() if row.device != "cpu"] == ["all", "all"]
 
 
 def test_the_table_follows_the_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
