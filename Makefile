@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Processes that share the default tests; each computes with one thread.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # Threads that wait must not spin: where other programs share the cores, spinning costs more than the work (10 x, seen).
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -21,7 +23,7 @@ demo: $(STAMP)
 	$(RUN) examples/demo.py $(ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
 test-slow: $(STAMP)
 	$(RUN) -m pytest -m slow $(ARGS)

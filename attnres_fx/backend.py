@@ -70,7 +70,7 @@ def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Optio
     """Hand a graph, with the schedule and the kernels that the options name, to the compiler that they name."""
     wished = "one-pass" if options.schedule == "auto" and options.downstream != "inductor" else options.schedule
     gm = schedule_mixes(gm, wished, training=torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs))
-    if options.fuse == "always":
+    if options.fuse == "always" or (options.fuse == "auto" and options.downstream == "inductor"):
         gm = fuse_mixes(gm)
     gm = select_kernels(gm, options.kernels)
     joint_pass = reread_norms if any(_is_ours(node) for node in gm.graph.nodes) else None

@@ -26,8 +26,8 @@ class Options:
     inductor: configuration patches handed on to Inductor.
     schedule: how mixes read their sources: "auto", in two phases where a model of bytes moved says so (the debugging
         downstreams read in one pass); "one-pass", always; "two-phase", wherever consecutive mixes have sources in common.
-    fuse: whether a mix becomes one operator with the norm that alone reads it and with the addition before it: "always", or
-        "never", which "auto" is so far.
+    fuse: whether a mix becomes one operator with the norm that alone reads it and with the addition before it: "auto", under
+        Inductor; "always", also under the debugging downstreams; "never".
     kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
         kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU in
         Triton's interpreter alone.
