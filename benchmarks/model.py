@@ -179,19 +179,19 @@ class Result:
     deviation: float
 
 
-def build(case: Case, variants: Sequence[str]) -> dict[str, nn.Module]:
+def build(case: Case, variants: Sequence[str], num_blocks: int = BLOCKS) -> dict[str, nn.Module]:
     """The variants with the same weights, and the same queries where there are queries."""
     torch.manual_seed(0)
     plain = Plain(case.width, case.layers).to(getattr(torch, case.dtype)).train(case.training)
     ids = torch.randint(256, (case.batch, case.tokens))
-    converted = attnres_fx.convert(copy.deepcopy(plain), ids, num_blocks=BLOCKS, eps=EPS)
+    converted = attnres_fx.convert(copy.deepcopy(plain), ids, num_blocks=num_blocks, eps=EPS)
     stream = converted.attnres.stream
     nn.init.normal_(stream.query, std=case.width**-0.5)
     models: dict[str, nn.Module] = {"plain": plain}
     # Each a model of its own: torch keeps what it compiled with the model.
     models.update({name: copy.deepcopy(converted) for name in variants if name in OPTIONS})
     if "pseudocode" in variants:
-        models["pseudocode"] = Pseudocode(copy.deepcopy(plain), stream.query.detach(), stream.key_gain.detach(), BLOCKS)
+        models["pseudocode"] = Pseudocode(copy.deepcopy(plain), stream.query.detach(), stream.key_gain.detach(), num_blocks)
     return models
 
 

@@ -55,3 +55,28 @@ def test_mix_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
     results = json.loads(capsys.readouterr().out)["results"]
     assert {result["variant"] for result in results} == {"native", "control", "roofline", "inductor", "reference", "eager"}
     assert len(results) == 4 * 5 + 4
+
+
+@pytest.mark.slow
+def test_a_training_step_keeps_no_more_rows_than_the_paper_says() -> None:
+    """Over the plain network: N + 2 rows between forward and backward, 2N + 4 at the peak of a step."""
+    memory = load_script("benchmarks/memory.py")
+    blocks = 3
+    plain, attnres = memory.compare(3, blocks, 64, 64, ["attnres"])
+    assert (plain.variant, attnres.variant) == ("plain", "attnres")
+    assert attnres.kept_for_backward <= plain.kept_for_backward + blocks + 2
+    assert attnres.step_peak <= plain.step_peak + 2 * blocks + 4
+    assert attnres.inference_peak <= plain.inference_peak + blocks + 2
+
+
+def test_what_a_call_holds_is_counted() -> None:
+    memory = load_script("benchmarks/memory.py")
+
+    def call() -> torch.Tensor:
+        first = torch.empty(1000)
+        second = torch.empty(3000)
+        del second
+        return first
+
+    result, held = memory.held(call)
+    assert result.shape == (1000,) and (held.kept, held.peak) == (4000, 16000)
