@@ -80,3 +80,16 @@ def test_what_a_call_holds_is_counted() -> None:
 
     result, held = memory.held(call)
     assert result.shape == (1000,) and (held.kept, held.peak) == (4000, 16000)
+
+
+def test_the_variants_of_the_mix_norm_benchmark_compute_the_same() -> None:
+    benchmark = load_script("benchmarks/mix_norm.py")
+    rows, vectors = [torch.randn(5, 48) for _ in range(10)], [torch.randn(48) for _ in range(3)]
+    torch.testing.assert_close(*(form(rows[:-1], rows[-1], *vectors) for form in (benchmark.fused, benchmark.parts)))
+
+
+@pytest.mark.slow
+def test_mix_norm_benchmark_runs() -> None:
+    results = load_script("benchmarks/mix_norm.py").main(["--quick"])
+    assert [len(taken) for _, taken in results] == [3] * 4
+    assert all(time > 0 for _, taken in results for times in taken.values() for time in times)
