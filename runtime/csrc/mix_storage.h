@@ -16,9 +16,7 @@
 #include <immintrin.h>
 #endif
 
-#include <ATen/cpu/vec/functional_base.h>
-#include <ATen/cpu/vec/functional_bfloat16.h>
-#include <ATen/cpu/vec/vec.h>
+#include <ATen/cpu/vec/functional.h>
 
 // A small function called several times is else not inlined, and its vectors go through memory.
 #define ATTNRES_INLINE __attribute__((always_inline))

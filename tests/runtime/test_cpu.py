@@ -204,6 +204,16 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "NO AVX"])
+def test_every_instruction_set_compiles(capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch has vectors of its own for each, in headers that depend on the order in which they are read."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setenv("ATTNRES_CACHE_DIR", str(tmp_path))
+    assert build.build().exists()
+
+
+@needs_compiler
 def test_a_library_that_cannot_be_loaded_is_a_warning(tmp_path: Path) -> None:
     code = ("import attnres_fx, torch\nfrom attnres_fx.runtime.cpu import build\n"
             "build.library_path().write_bytes(b'not a library' * 1000)\n") + TWO_CALLS
