@@ -13,7 +13,7 @@ _NATIVE_DTYPES = "float32, bfloat16, float16, float64; one dtype for all sources
 class Kernel:
     """One row: calls on ``device`` with these ``dtypes`` and ``shapes`` run on ``implementation``, because of ``reason``.
 
-    ``operators`` of the namespace attnres, forward and backward: "phases" are ``mix_phase1`` and ``mix_phase2``.
+    ``operators`` of the namespace attnres, forward and backward: "all" are mix, mix_phase1, mix_phase2 and mix_norm.
     """
 
     device: str
@@ -70,10 +70,10 @@ def kernels() -> KernelTable:
     else:
         implementation = "reference" if state.status == "unavailable" else "native"
     return KernelTable([
-        Kernel("cpu", "mix_norm", "any", "any", "reference", "it has no native kernel"),
-        Kernel("cpu", "mix", "any", "one source, raw values", "reference", "the mix of one source is a copy"),
-        Kernel("cpu", "mix, phases", _NATIVE_DTYPES, "any", implementation, reason),
-        Kernel("cpu", "mix, phases", "several dtypes among the sources", "any", "reference",
+        Kernel("cpu", "mix, mix_norm", "any", "one source alone, raw values", "reference",
+               "the mix of one source is a copy"),
+        Kernel("cpu", "all", _NATIVE_DTYPES, "any", implementation, reason),
+        Kernel("cpu", "all", "several dtypes among the sources", "any", "reference",
                "native kernels read rows of one dtype"),
         _gpu(),
         Kernel("any other", "all", "any", "any", "reference", "there is no kernel for other devices"),
