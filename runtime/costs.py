@@ -108,7 +108,7 @@ def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
         rows = (mix.count + mix.early) * mix.row + queries * incoming_row
         return before_norm + Traffic(rows + lses, written + mix.early * mix.accumulate)
     score_launches = _runs(mix.count, configs.FORWARD_SOURCES)
-    grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries, mix.phase))
+    grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries, mix.element, mix.phase))
     rows = (2 * mix.count + mix.early) * mix.row + (score_launches + grad_launches) * queries * incoming_row
     # The softmax over depth between the launches reads and writes the same scalars a few times more, and the log-sum-exp
     # and its gradient once; torch does it.

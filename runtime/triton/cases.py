@@ -161,7 +161,7 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
                     continue  # its other launches are those of the mix
                 yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize,
                            features=features)
-                count = configs.split_sources(width, queries, phase)
+                count = configs.split_sources(width, queries, TYPES[dtype], phase)
                 for more in ((), ("priors",)) if phase is None else ((),):
                     yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
                                features=features + more)
@@ -186,8 +186,8 @@ def _norm_cases(width: int, dtype: str, normalize: bool, phase: int | None) -> I
     if dtype != "fp32":  # there it is the same kernel
         yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, 1, dtype, normalize,
                    features=after_norm)
-    yield Case("mix_source_grads", backward.mix_source_grads, width, configs.split_sources(width, 1, phase), 1, dtype,
-               normalize, features=after_norm)
+    count = configs.split_sources(width, 1, TYPES[dtype], phase)
+    yield Case("mix_source_grads", backward.mix_source_grads, width, count, 1, dtype, normalize, features=after_norm)
 
 
 def _most_held(width: int, queries: int, phase: int | None, norm: bool = False) -> int:

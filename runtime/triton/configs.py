@@ -96,11 +96,14 @@ def norm_tile(width: int, warp_size: int = 32) -> Tile:
     return tile(width, 16 if width > 512 else 8, warp_size)
 
 
-def split_sources(width: int, queries: int, phase: int | None = None) -> int:
-    """How many sources one launch of ``mix_source_grads`` takes; each launch reads the incoming gradient again."""
-    if phase == 2:
-        return 2 if width <= 4096 else 1
-    return 4 if width <= 4096 and queries == 1 else 2
+def split_sources(width: int, queries: int, element: int = 2, phase: int | None = None) -> int:
+    """How many sources, of so many bytes an element, one launch of ``mix_source_grads`` takes.
+
+    Each launch reads the incoming gradient again.
+    """
+    if width > 4096 and (phase == 2 or element > 2):
+        return 1
+    return 4 if width <= 4096 and queries == 1 and phase != 2 else 2
 
 
 def programs(tokens: int, tile: Tile) -> int:

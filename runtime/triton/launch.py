@@ -264,7 +264,7 @@ def _backward_split(
     keys = score_grads * scales
 
     programs = configs.programs(tokens, tile)
-    parts = chunks(count, configs.split_sources(problem.width, queries, problem.phase))
+    parts = chunks(count, configs.split_sources(problem.width, queries, problem.element, problem.phase))
     partial = problem.empty(len(parts) * programs, 2, queries, problem.width)
     for index, part in enumerate(parts):
         kernels.mix_source_grads[(programs,)](
