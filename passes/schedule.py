@@ -21,7 +21,7 @@ from torch import fx
 from attnres_fx.passes._compat import hinted
 from attnres_fx.passes.graph import copy_graph_module, insert_call, value_of
 from attnres_fx.passes.moving import changes_near, keep_tags, movable_calls, move_before
-from attnres_fx.passes.traffic import MOST_QUERIES, Machine, schedule
+from attnres_fx.passes.traffic import MOST_QUERIES, PREFER_TWO_PHASES, Machine, schedule
 from attnres_fx.passes.vocabulary import argument, is_mix, op_name
 from attnres_fx.runtime.phases import PHASE1, PHASE2
 from attnres_fx.runtime.triton.configs import queries_per_sweep
@@ -31,8 +31,6 @@ aten = torch.ops.aten
 SCHEDULES = ("auto", "one-pass", "two-phase")
 # The last-level cache is shared by many cores, and by what the layers themselves read: so many take a part of it.
 _SHARERS = 8
-# Bytes against a one-pass read that make a group of anything that has a source in common.
-_PREFER = 1e15
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def schedule_graph(graph: fx.Graph, wished: str, training: bool) -> bool:
         machine = machine_of(reads[0], training)
         if wished == "auto" and not _waits_for_memory(reads, machine):
             continue
-        penalty = _PREFER if wished == "two-phase" else 0.0
+        penalty = PREFER_TWO_PHASES if wished == "two-phase" else 0.0
         groups = schedule([read.sources for read in reads], machine, joinable, penalty)
         for group in groups:
             if group.prefix:
@@ -182,7 +180,8 @@ def _split(reads: Sequence[Read], moved: Sequence[list[fx.Node] | None], prefix:
         if first.key_gain is not None:
             gains = insert_call(graph, aten.stack.default, ([read.key_gain for read in reads],), like=like)
         options = (first.eps, first.logit_scale, first.normalize_values)
-        record = {"role": "phase 1", "sources": prefix, "queries": queries}
+        stream = first.node.meta.get("attnres", {}).get("stream")
+        record = {"stream": stream, "role": "phase 1", "sources": prefix, "queries": queries}
         common = list(first.sources[:prefix])
         early = insert_call(graph, PHASE1, (common, stacked, gains, *options), like=like, record=record)
         keep_tags(first.node, early)

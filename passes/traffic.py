@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 # Phase 1 keeps a sum a query; beyond so many queries they leave the first-level cache of a CPU at common widths.
 MOST_QUERIES = 32
+# Bytes held against a one-pass read that make a group of anything that has a source in common.
+PREFER_TWO_PHASES = 1e15
 _STATISTICS = 4  # bytes of a log-sum-exp, and of an element of a query
 
 
@@ -90,12 +92,13 @@ def two_phase(prefix: int, tails: Sequence[int], machine: Machine) -> float:
 
 def schedule(
     reads: Sequence[Sequence[Hashable]], machine: Machine, joinable: Callable[[int, int], bool] = lambda first, later: True,
-    penalty: float = 0.0,
+    penalty: float = 0.0, most: int = MOST_QUERIES,
 ) -> tuple[Group, ...]:
     """The groups of consecutive reads that move fewest bytes, each read by its list of sources.
 
     ``joinable(first, later)`` may keep a later read out of a group that starts at ``first`` (and all reads after it).
     ``penalty`` bytes are held against every one-pass read; a large one groups whatever can be grouped.
+    ``most`` is the query tile: no group has more reads, so that its phase 1 leaves no more rows. 1 is one pass throughout.
     Every read is in exactly one group; a group of one read is one-pass. Linear in the reads but for their sources.
     """
     best: list[float] = [0.0]
@@ -107,7 +110,7 @@ def schedule(
         alone = one_pass(len(sources), machine)
         _offer(best, chosen, Group(start, start + 1, 0, alone, two_phase(len(sources), [0], machine)), penalty)
         prefix, apart = len(sources), alone
-        for later in range(start + 1, min(start + MOST_QUERIES, len(reads))):
+        for later in range(start + 1, min(start + most, len(reads))):
             prefix = _common(sources, reads[later], prefix)
             if prefix == 0 or not joinable(start, later):
                 break

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnres_fx.passes.partition import partition
-from attnres_fx.passes.traffic import Group, Machine, one_pass, schedule, sources_of_plan, two_phase
+from attnres_fx.passes.traffic import (
+    PREFER_TWO_PHASES,
+    Group,
+    Machine,
+    one_pass,
+    schedule,
+    sources_of_plan,
+    two_phase,
+)
 
 MACHINE = Machine(width=1024, element=2, tokens=1e9, training=False, queries_per_sweep=64)
 
@@ -108,3 +116,13 @@ def test_a_read_that_cannot_join_begins_a_group_of_its_own() -> None:
     groups = schedule(reads, MACHINE, joinable=lambda first, later: not first < 20 <= later)
     assert any(group.prefix for group in groups)
     assert all(not group.start < 20 < group.stop for group in groups)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 16])
+def test_no_group_is_larger_than_the_query_tile(most: int) -> None:
+    reads = sources_of_plan(partition(128, num_blocks=8), 128)
+    groups = schedule(reads, MACHINE, penalty=PREFER_TWO_PHASES, most=most)
+    assert max(group.stop - group.start for group in groups) == most
+    assert bool(groups[1].prefix) == (most > 1)
+    assert sum(group.bytes for group in schedule(reads, MACHINE, most=most)) >= sum(
+        group.bytes for group in schedule(reads, MACHINE))
