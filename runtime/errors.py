@@ -136,6 +136,14 @@ class CheckpointFileError(AttnResError):
     """A file or directory is missing, truncated, of another format, or does not fit the model."""
 
 
+class MemoryBudgetError(AttnResError, ValueError):
+    """No tiling makes the rows of attention residuals fit into the memory budget."""
+
+
+class LayoutError(AttnResError):
+    """A memory layout breaks its own rules: two buffers share bytes while both are in use, or one lies out of bounds."""
+
+
 class KernelError(AttnResError):
     """The wished kernels cannot run here: on this device, at this size, or without a package."""
 
