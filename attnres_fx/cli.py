@@ -1,5 +1,5 @@
-"""The command line: ``attnres inspect``, ``attnres transform``, ``attnres verify``, ``attnres doctor``,
-``attnres kernels``.
+"""The command line: ``attnres inspect``, ``attnres plan``, ``attnres transform``, ``attnres verify``,
+``attnres doctor``, ``attnres kernels``.
 
 Nothing heavy is imported before a command runs, so that the help is there at once. Results go to stdout; whatever a
 user's code prints goes to stderr. Exit codes: 0 good, 1 a check failed, 2 bad input or a refused model, with one line.
@@ -44,6 +44,7 @@ LayersPerBlock = Annotated[int | None, typer.Option("--layers-per-block", help="
 Streams = Annotated[str | None, typer.Option("--streams", help="Names of streams, comma-separated; all if not given.")]
 MixScale = Annotated[str, typer.Option("--mix-scale", help="'paper', the mean; or 'sum', to start exactly.")]
 Eps = Annotated[float, typer.Option("--eps", help="Epsilon of the key norm.")]
+Training = Annotated[bool, typer.Option("--training", help="Plan memory for a training step, not for inference.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
 
@@ -56,13 +57,17 @@ def inspect(
     mix_scale: MixScale = "paper",
     graph: Annotated[bool, typer.Option("--graph", help="Print the rewritten graph as Python code.")] = False,
     dot: Annotated[Path | None, typer.Option("--dot", help="Write a drawing, before and after, as DOT text.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens a call, for the bytes that mixes move.")] = 4096,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens a call, for bytes moved and held.")] = 4096,
+    memory: Annotated[bool, typer.Option("--memory", help="Print the memory plan, a line a buffer.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Draw the memory plan as SVG.")] = None,
+    training: Training = False,
     as_json: Json = False,
 ) -> None:
-    """Show residual streams, blocks and mixes.
+    """Show residual streams, blocks and mixes, and with --memory the rows that they hold.
 
-    Of a plain SOURCE the blocks and mixes are those that a conversion gives; nothing is written but --dot.
+    Of a plain SOURCE the blocks and mixes are those that a conversion gives; nothing is written but --dot and --svg.
     """
+    from attnres_fx import graphs
     from attnres_fx.report import blocks_table, mixes_table, render, schedule_table, schedules
 
     opened = _open(source)
@@ -70,10 +75,20 @@ def inspect(
     report, plans = _plan(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
     content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": converted, **report.to_dict(),
                                "plans": [_plan_json(plan) for plan in plans], "schedule": schedules(plans, tokens)}
-    if graph or dot is not None:
-        from attnres_fx import graphs
-        from attnres_fx.files import whole_file
+    held = None
+    if memory or svg is not None or training:
+        from attnres_fx.drawing import draw
+        from attnres_fx.memory import buffers_json, buffers_table, plan_graph_memory, plan_memory, summary
 
+        if not plans and report.mixes:
+            held = plan_graph_memory(graphs.recognized(_traced(opened)), tokens, training)
+        else:
+            _refuse_without(plans, "no memory to plan", "leave out --memory, --svg and --training")
+            held = plan_memory(plans, tokens, training=training)
+        content["memory"] = buffers_json(held)
+        if svg is not None:
+            _write(svg, draw(held, source))
+    if graph or dot is not None:
         if not plans and report.mixes:
             fused = graphs.recognized(_traced(opened))
             content["code"], drawing = graphs.readable_code(fused), graphs.dot_of_mixes(fused, source)
@@ -81,8 +96,7 @@ def inspect(
             pair = graphs.before_and_after(_marked(opened, plans))
             content["code"], drawing = graphs.readable_code(pair.after), graphs.dot(pair, source)
         if dot is not None:
-            with whole_file(dot, overwrite=True) as partial:
-                partial.write_text(drawing, encoding="utf-8")
+            _write(dot, drawing)
     if as_json:
         _print_json(content)
         return
@@ -92,10 +106,54 @@ def inspect(
         moved = f"bytes that the mixes move, per token ({tokens:,} tokens in bfloat16 on a GPU):"
         print("\n" + render(f"{heading} {_summary(plans)}", blocks_table(plans), mixes_table(plans), moved,
                             schedule_table(plans, tokens)))
+    if held is not None:
+        print("\n" + render(buffers_table(held), summary(held)))
     if graph:
         print("\n" + content["code"])
-    if dot is not None:
-        print(f"\nwrote {dot}")
+    for path in (dot, svg):
+        if path is not None:
+            print(f"\nwrote {path}")
+
+
+@app.command()
+def plan(
+    source: SourceName,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the sequence (of every stream).")] = 4096,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the streams: bf16, fp16, fp32, fp64.")] = "bf16",
+    chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="Prefill reads so many tokens at once.")] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="So many devices share the tokens of a call.")] = 1,
+    num_blocks: NumBlocks = None,
+    layers_per_block: LayersPerBlock = None,
+    streams: Streams = None,
+    mix_scale: MixScale = "paper",
+    schedule: Annotated[str, typer.Option("--schedule", help="auto, one-pass or two-phase.")] = "auto",
+    memory_budget: Annotated[str | None, typer.Option(
+        "--memory-budget", help="What a device may hold: '512MB', '0.5GiB', or a number alone, bytes per token.")] = None,
+    training: Training = False,
+    as_json: Json = False,
+) -> None:
+    """Say how much memory the rows of attention residuals take, without running SOURCE.
+
+    A budget chooses how many queries phase 1 serves at once; blocks stay as they are. Exit code 2 if none fits.
+    """
+    from attnres_fx.memory import plan_memory, scopes_table, tiles_table
+    from attnres_fx.report import render
+
+    opened = _open(source)
+    report, plans = _plan(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
+    remedy = "attnres inspect --memory plans the mixes that it spells out" if report.mixes else "attnres inspect says why"
+    _refuse_without(plans, "no memory to plan", remedy)
+    budget = int(memory_budget) if memory_budget is not None and memory_budget.isdecimal() else memory_budget
+    held = plan_memory(plans, tokens, dtype=dtype, chunk=chunk, devices=devices, training=training, schedule=schedule,
+                       memory_budget=budget)
+    if as_json:
+        _print_json({"source": source, "kind": opened.kind, "converted": opened.converted,
+                     "plans": [_plan_json(found) for found in plans], **held.to_dict()})
+        return
+    purpose = "a training step" if training else "inference"
+    print(render(_summary(plans), f"rows of attention residuals, {purpose}, {held.dtype}, schedule {schedule}:",
+                 scopes_table(held), f"by the query tile, {held.scopes[-1].name} ({held.scopes[-1].tokens:,} tokens):",
+                 tiles_table(held)))
 
 
 @app.command()
@@ -243,6 +301,20 @@ def _refuse_plan_options(*given: Any) -> None:
                           remedy="leave out --num-blocks, --layers-per-block and --streams")
 
 
+def _refuse_without(plans: Sequence[StreamPlan], what: str, remedy: str) -> None:
+    from attnres_fx.errors import NoStreamError
+
+    if not plans:
+        raise NoStreamError(f"no stream of the source can be converted, so that there is {what}", remedy=remedy)
+
+
+def _write(path: Path, text: str) -> None:
+    from attnres_fx.files import whole_file
+
+    with whole_file(path, overwrite=True) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def _plan(
     opened: Source, num_blocks: int | None, layers_per_block: int | None, streams: list[str] | None, mix_scale: str
 ) -> tuple[Report, list[StreamPlan]]:
@@ -279,13 +351,11 @@ def _traced(opened: Source) -> fx.GraphModule:
 def _marked(opened: Source, plans: list[StreamPlan]) -> fx.GraphModule:
     """The graph of the source with markers, converted in memory if it is not."""
     from attnres_fx.conversion import attach, parameter_dtype
-    from attnres_fx.errors import NoStreamError, OptionError
+    from attnres_fx.errors import OptionError
     from attnres_fx.exported import mark_program
     from attnres_fx.passes.capture import capture
 
-    if not plans:
-        raise NoStreamError("no stream of the source can be converted, so that there is no rewritten graph to show",
-                            remedy="leave out --graph and --dot to see the reasons")
+    _refuse_without(plans, "no rewritten graph to show", "leave out --graph and --dot to see the reasons")
     if opened.program is not None:
         if opened.converted:
             raise OptionError("a converted .pt2 holds the rewritten graph alone, and nothing to compare it with",
