@@ -22,7 +22,7 @@ from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, reference
 from attnres_fx.runtime.mix import MIX_TRITON
 from attnres_fx.runtime.norm import Norm
-from attnres_fx.runtime.triton import configs, launch, phases
+from attnres_fx.runtime.triton import configs, fused, launch, phases
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
 FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]
@@ -318,13 +318,13 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
 
 @pytest.mark.parametrize("downstream, schedule, stems", [
     pytest.param("aot_eager", "one-pass", ["mix"], marks=pytest.mark.slow),
-    ("inductor", "one-pass", ["mix"]), ("inductor", "two-phase", ["mix_phase1", "mix_phase2"])])
+    ("inductor", "one-pass", ["mix_norm"]), ("inductor", "two-phase", ["mix_phase1", "mix_norm"])])
 def test_a_compiled_llama_runs_them(
     downstream: str, schedule: str, stems: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward of a converted model through torch.compile, against the reference kernels."""
     calls = []
-    for module, stem in ((launch, "mix"), (phases, "mix_phase1"), (phases, "mix_phase2")):
+    for module, stem in ((launch, "mix"), (phases, "mix_phase1"), (phases, "mix_phase2"), (fused, "mix_norm")):
         for name in (stem, f"{stem}_backward"):
             original = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
