@@ -11,7 +11,7 @@ from typing import Any
 
 import triton.language as tl
 
-from . import backward, configs, forward
+from . import backward, configs, forward, norms
 
 WIDTHS = (64, 256, 1000, 1024, 2048, 2304, 4096, 7168, 8192)
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -121,7 +121,7 @@ class Case:
             if tile is None:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
-        if self.kernel is backward.norm_backward:
+        if self.kernel is norms.norm_backward:
             return configs.norm_tile(self.width, warp_size)
         return configs.split_tile(self.width, self.queries, warp_size)
 
@@ -169,7 +169,7 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
         for phase in (None, 2):
             yield from _norm_cases(width, dtype, normalize, phase)
     for norm in NORMS:
-        yield Case("norm_backward", backward.norm_backward, width, 1, dtype=dtype, features=(norm,))
+        yield Case("norm_backward", norms.norm_backward, width, 1, dtype=dtype, features=(norm,))
 
 
 def _norm_cases(width: int, dtype: str, normalize: bool, phase: int | None) -> Iterator[Case]:

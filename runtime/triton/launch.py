@@ -19,6 +19,7 @@ from attnres_fx.runtime.norm import Norm
 from . import backward as kernels
 from . import configs
 from .forward import mix_forward as forward_kernel
+from .norms import norm_backward
 from .problem import ACCUMULATE, Early, Options, Problem, chunks, device_guard, empty_like, rows_of, warp_size
 
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
@@ -168,7 +169,7 @@ def _before_norm(
     tile = configs.norm_tile(problem.width, warp_size(mixed.device))
     programs = configs.programs(problem.tokens, tile)
     norm_partial = _norm_partial(problem, norm, programs)
-    kernels.norm_backward[(programs,)](
+    norm_backward[(programs,)](
         grad, problem.stride(grad), mixed, norm.weight, norm.bias, normed, norm_partial, problem.tokens, D=problem.width,
         BLOCK_D=tile.block_d, BLOCK_T=tile.block_t, ALIGN=problem.align, **_norm_constants(norm),
         ACC=ACCUMULATE[problem.accumulate], num_warps=tile.warps)
