@@ -20,6 +20,7 @@ import attnres_fx.passes
 import attnres_fx.runtime
 from attnres_fx.options import Options
 from attnres_fx.passes._compat import run_aot_eager, run_inductor
+from attnres_fx.passes.fit import schedule_within
 from attnres_fx.passes.fuse import fuse_mixes
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
@@ -69,9 +70,13 @@ def attnres(
 def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Hand a graph, with the schedule and the kernels that the options name, to the compiler that they name."""
     wished = "one-pass" if options.schedule == "auto" and options.downstream != "inductor" else options.schedule
-    gm = schedule_mixes(gm, wished, training=torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs))
-    if options.fuse == "always" or (options.fuse == "auto" and options.downstream == "inductor"):
-        gm = fuse_mixes(gm)
+    training = torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs)
+    fuses = options.fuse == "always" or (options.fuse == "auto" and options.downstream == "inductor")
+    if options.memory_budget is not None and any(_is_ours(node) for node in gm.graph.nodes):
+        gm = schedule_within(gm, wished, training, options.memory_budget, fuse_mixes if fuses else lambda given: given)
+    else:
+        gm = schedule_mixes(gm, wished, training)
+        gm = fuse_mixes(gm) if fuses else gm
     gm = select_kernels(gm, options.kernels)
     joint_pass = reread_norms if any(_is_ours(node) for node in gm.graph.nodes) else None
     match options.downstream:

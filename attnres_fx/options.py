@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from attnres_fx.passes.budget import parse_budget
 from attnres_fx.passes.fuse import FUSIONS
 from attnres_fx.passes.plan import MIX_SCALES
 from attnres_fx.passes.schedule import SCHEDULES
@@ -28,6 +29,10 @@ class Options:
         downstreams read in one pass); "one-pass", always; "two-phase", wherever consecutive mixes have sources in common.
     fuse: whether a mix becomes one operator with the norm that alone reads it and with the addition before it: "auto", under
         Inductor; "always", also under the debugging downstreams; "never".
+    memory_budget: bytes that the rows of attention residuals (blocks, partial sums, what phase 1 leaves, mixes; in training
+        what is kept of them, and their gradients) may take by plan, in a call of the sizes that are compiled for: text as
+        "512MB" or "1.5GiB", or a number of bytes per token. It limits how many queries a phase 1 serves, never the blocks;
+        one that nothing fits is a MemoryBudgetError that names the least possible.
     kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
         kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU in
         Triton's interpreter alone.
@@ -42,6 +47,7 @@ class Options:
     schedule: str = "auto"
     fuse: str = "auto"
     kernels: str = "auto"
+    memory_budget: str | int | None = None
 
     @staticmethod
     def from_arguments(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -70,6 +76,8 @@ class Options:
                 near = difflib.get_close_matches(str(given), known, n=1)
                 hint = f"did you mean '{near[0]}'? " if near else ""
                 raise OptionError(f"{name} is {given!r}", remedy=f"{hint}give one of {', '.join(known)}")
+        if self.memory_budget is not None:
+            parse_budget(self.memory_budget, tokens=1)
         if self.mix_scale is not None and self.mix_scale not in MIX_SCALES:
             raise OptionError(f"mix_scale is {self.mix_scale!r}", remedy="give 'paper' or 'sum'")
         if not isinstance(self.inductor, Mapping):

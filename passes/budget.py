@@ -113,8 +113,13 @@ def choose_tile(choices: Sequence[Choice], budget: int | None = None) -> Choice:
     if fitting:
         return min(fitting, key=lambda choice: (
             choice.setting.schedule == "two-phase" and choice.tile == 1, round(choice.moved), choice.layout.arena))
-    least = min(choice.layout.arena for choice in choices)
-    raise MemoryBudgetError(
+    assert budget is not None
+    raise too_small(budget, min(choice.layout.arena for choice in choices))
+
+
+def too_small(budget: int, least: int) -> MemoryBudgetError:
+    """The error of a budget that nothing fits."""
+    return MemoryBudgetError(
         f"the rows of attention residuals do not fit into a memory budget of {budget:,} bytes: the least possible is "
         f"{least:,} bytes",
         remedy=f"give {math.ceil(least / 10**5) / 10:,} MB or more, or fewer tokens at once (smaller chunks, more devices)")

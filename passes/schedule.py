@@ -57,23 +57,23 @@ class Read:
                 self.normalize_values, *region)
 
 
-def schedule_mixes(gm: fx.GraphModule, wished: str, training: bool) -> fx.GraphModule:
+def schedule_mixes(gm: fx.GraphModule, wished: str, training: bool, most: int = MOST_QUERIES) -> fx.GraphModule:
     """A copy of ``gm`` whose mixes are read in two phases where that is chosen; ``gm`` itself where none is.
 
     ``wished``: "auto", by bytes moved; "two-phase", wherever two consecutive mixes share a source; "one-pass", nowhere.
-    ``training`` counts the backward, too.
+    ``training`` counts the backward, too. ``most``: queries that one phase 1 may serve.
     """
     if wished == "one-pass":
         return gm
     scheduled = copy_graph_module(gm)
-    if not schedule_graph(scheduled.graph, wished, training):
+    if not schedule_graph(scheduled.graph, wished, training, most):
         return gm
     scheduled.graph.lint()
     scheduled.recompile()
     return scheduled
 
 
-def schedule_graph(graph: fx.Graph, wished: str, training: bool) -> bool:
+def schedule_graph(graph: fx.Graph, wished: str, training: bool, most: int = MOST_QUERIES) -> bool:
     """The work of :func:`schedule_mixes` on a bare graph, in place, without code generation; whether it changed anything."""
     changed = False
     for reads in families(graph):
@@ -93,7 +93,7 @@ def schedule_graph(graph: fx.Graph, wished: str, training: bool) -> bool:
         if wished == "auto" and not _waits_for_memory(reads, machine):
             continue
         penalty = PREFER_TWO_PHASES if wished == "two-phase" else 0.0
-        groups = schedule([read.sources for read in reads], machine, joinable, penalty)
+        groups = schedule([read.sources for read in reads], machine, joinable, penalty, most)
         for group in groups:
             if group.prefix:
                 _split(reads[group.start:group.stop], movable[group.start:group.stop], group.prefix)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import attnres_fx
 from attnres_fx import backend as backend_module
-from attnres_fx.errors import OptionError
+from attnres_fx.errors import MemoryBudgetError, OptionError
 from attnres_fx.options import DOWNSTREAMS, Options
 from attnres_fx.passes._compat import inner_error
 
@@ -205,3 +205,16 @@ def test_a_graph_without_streams_takes_the_options_too(x: Tensor, monkeypatch: p
     fast = torch.compile(lambda value: value * 2, backend="attnres", options={"inductor": {"max_autotune": False}})
     torch.testing.assert_close(fast(x), x * 2)
     assert seen == [{"max_autotune": False}]
+
+
+def test_a_memory_budget_reaches_the_schedule(x: Tensor) -> None:
+    model = attnres_fx.convert(Tower(), x, num_blocks=2)
+    options = {"schedule": "two-phase", "downstream": "eager"}
+    expected = torch.compile(model, backend="attnres", options=options)(x)
+    error = compiled_error(model, x, {**options, "memory_budget": "1B"})
+    assert isinstance(error, MemoryBudgetError)
+    least = error.args[0].split("least possible is ")[1].split(" bytes")[0].replace(",", "")
+    torch._dynamo.reset()
+    fitted = torch.compile(model, backend="attnres", options={**options, "memory_budget": f"{least}B"})(x)
+    torch.testing.assert_close(fitted, expected)
+    assert isinstance(compiled_error(model, x, {"memory_budget": "much"}), OptionError)
