@@ -93,3 +93,17 @@ def test_mix_norm_benchmark_runs() -> None:
     results = load_script("benchmarks/mix_norm.py").main(["--quick"])
     assert [len(taken) for _, taken in results] == [3] * 4
     assert all(time > 0 for _, taken in results for times in taken.values() for time in times)
+
+
+@pytest.mark.slow
+def test_the_account_of_a_call_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    account = load_script("benchmarks/account.py")
+    account.main(["--quick", "--rounds", "1", "--variants", "attnres", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    found = {(row["case"], row["variant"], row["kind"]): row["microseconds"] for row in rows}
+    for case in ("quick-inference", "quick-training"):
+        assert found[case, "plain", "mixes"] == 0 < found[case, "attnres", "mixes"]
+        for variant in ("plain", "attnres"):
+            assert found[case, variant, "matrix products"] > 0
+            kinds = [key for key in found if key[:2] == (case, variant) and key[2] != "whole call"]
+            assert sum(found[key] for key in kinds) == pytest.approx(found[case, variant, "whole call"])
