@@ -85,7 +85,8 @@ def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Optio
         case "aot_eager":
             return run_aot_eager(gm, inputs, joint_pass)
         case _:
-            return run_inductor(gm, inputs, dict(options.inductor), joint_pass, source_hash())
+            identity = "" if joint_pass is None else source_hash()
+            return run_inductor(gm, inputs, dict(options.inductor), joint_pass, identity)
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -58,6 +58,9 @@ def propagate_fake(gm: fx.GraphModule, args: Sequence[Any]) -> None:
     FakeTensorProp(gm, mode).propagate(*args)
 
 
+_JOINT_PASS = "joint_custom_pre_pass"
+
+
 def run_inductor(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any],
     joint_pass: Callable[[fx.Graph], None] | None = None, identity: str = "",
@@ -82,9 +85,6 @@ def run_inductor(
         theirs = get_custom_graph_passes(patches.get(_JOINT_PASS, getattr(torch._inductor.config, _JOINT_PASS)))
         patches = {**patches, _JOINT_PASS: [JointPass(), *theirs]}
     return compile_fx(gm, list(inputs), config_patches=patches or None)
-
-
-_JOINT_PASS = "joint_custom_pre_pass"
 
 
 def run_aot_eager(

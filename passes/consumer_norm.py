@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from attnres_fx.passes._compat import hinted, plain_torch
+from attnres_fx.passes._compat import plain_torch
 from attnres_fx.passes.graph import float_tensor, same_size, value_of
 from attnres_fx.passes.recognize_region import call_neutral, default_eps
 from attnres_fx.passes.vocabulary import CASTS, COPIES, LIKENESSES, argument, is_mutation, op_name
@@ -87,8 +86,8 @@ def _reached(mix: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
 def _is_step(node: fx.Node, inside: set[fx.Node], width: int) -> bool:
     if node.op not in ("call_function", "call_method") or op_name(node) not in _STEPS or is_mutation(node):
         return False
-    return all(source in inside or _is_vector(source, width) or not isinstance(value_of(source), Tensor)
-               for source in node.all_input_nodes)
+    # A number that a call decides (an eps that changes) is not the operator's to fix.
+    return all(source in inside or _is_vector(source, width) for source in node.all_input_nodes)
 
 
 def _is_vector(node: fx.Node, width: int) -> bool:
@@ -101,12 +100,6 @@ def _closed(mix: fx.Node, region: Sequence[fx.Node]) -> bool:
     inside = set(region)
     return all(user in inside or (node is mix and op_name(user) in LIKENESSES)
                for node in (mix, *region[:-1]) for user in node.users)
-
-
-def _constants_of(region: Sequence[fx.Node]) -> Iterator[Any]:
-    """The numbers that stand in a region, and the symbolic ones that it reads."""
-    for node in region:
-        yield from torch.utils._pytree.tree_leaves((node.args, node.kwargs))
 
 
 def _same_kind(node: fx.Node, value: Tensor) -> bool:
@@ -162,10 +155,7 @@ def _epsilons(region: Sequence[fx.Node]) -> list[float]:
     for node in region:
         if op_name(node) in {"rms_norm", "_fused_rms_norm"} and argument(node, 3, "eps") is None:
             found.setdefault(default_eps(value_of(argument(node, 0, "input")).dtype))
-    for given in _constants_of(region):
-        number = value_of(given) if isinstance(given, fx.Node) else given
-        if isinstance(number, (float, torch.SymFloat)) and not isinstance(number, Tensor):
-            number = float(hinted(number))
-            if math.isfinite(number) and 0 < number <= _LARGEST_EPS:
+        for number in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
+            if isinstance(number, float) and 0 < number <= _LARGEST_EPS:
                 found.setdefault(number)
     return [*found, 0.0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,8 @@ def find_fusions(graph: fx.Graph) -> list[Fusion]:
         fusion = _fusion(node, order) if _may_fuse(node) else None
         if fusion is None:
             continue
-        without = Fusion(**{**fusion.__dict__, "addition": None})
-        chosen = next((each for each in (fusion, without) if _safe(each, order, borders, known)), None)
+        alone = replace(fusion, addition=None)
+        chosen = next((each for each in (fusion, alone) if _safe(each, order, borders, known)), None)
         if chosen is not None:
             found.append(chosen)
     return found
@@ -87,7 +87,7 @@ def _fusion(node: fx.Node, order: dict[fx.Node, int]) -> Fusion | None:
     """The fusion at a mix, not yet known to be safe."""
     late = node.target is PHASE2
     first = 2 if late else 0
-    sources = argument(node, first, "sources")
+    sources: Any = argument(node, first, "sources")
     query, gain = argument(node, first + 1, "query"), argument(node, first + 2, "key_gain")
     if not isinstance(sources, (list, tuple)) or not isinstance(query, fx.Node) or value_of(query).dim() != 1:
         return None
@@ -101,9 +101,9 @@ def _fusion(node: fx.Node, order: dict[fx.Node, int]) -> Fusion | None:
         return None
     options = tuple(argument(node, first + 3 + place, name, default) for place, (name, default) in enumerate(
         (("eps", 1e-6), ("logit_scale", 1.0), ("normalize_values", False), ("output_factor", 1.0))))
-    early = (node.args[0], node.args[1]) if late else None
+    early = (argument(node, 0, "mixed"), argument(node, 1, "lse")) if late else None
     addition = sources[-1] if _completes(sources[-1], sources, value) else None
-    return Fusion(node, tuple(sources), early, (query, gain), options, norm, addition)  # type: ignore[arg-type]
+    return Fusion(node, tuple(sources), early, (query, gain), options, norm, addition)
 
 
 def _completes(source: fx.Node, sources: Sequence[fx.Node], value: torch.Tensor) -> bool:

@@ -40,15 +40,17 @@ def reread_norms(graph: fx.Graph) -> None:
 
 def _key(node: fx.Node) -> tuple[Any, ...]:
     """What the norm depends on: equal keys are equal norms."""
-    sources, query, gain, delta, *rest = node.args
-    last = (node, "partial") if delta is not None else _unaliased(sources[-1])  # type: ignore[index]
-    first = tuple(map(_unaliased, sources[:-1]))  # type: ignore[index,arg-type]
+    arguments: Any = node.args
+    sources, query, gain, delta, *rest = arguments
+    last = (node, "partial") if delta is not None else _unaliased(sources[-1])
+    first = tuple(map(_unaliased, sources[:-1]))
     return _FORWARD[node.target], (*first, last), *map(_unaliased, (query, gain, *rest))
 
 
 def _backward_key(node: fx.Node) -> tuple[Any, ...]:
-    _, _, sources, *rest = node.args
-    rows = [_unaliased(source) for source in sources]  # type: ignore[union-attr]
+    arguments: Any = node.args
+    _, _, sources, *rest = arguments
+    rows = [_unaliased(source) for source in sources]
     last = rows[-1]
     if isinstance(last, fx.Node) and last.target is operator.getitem and last.args[1] == 1:
         made_by = last.args[0]

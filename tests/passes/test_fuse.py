@@ -141,6 +141,26 @@ def test_other_readers_and_other_functions_are_left_alone(reader: str) -> None:
     check(function, vectors("rows", "early", "query", "weight", "gain"), fused=0, added=0)
 
 
+def test_an_eps_that_a_call_decides_is_not_fixed() -> None:
+    """Dynamo makes a number that has changed an input of the graph; the operator's eps is a constant of it."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(fuse_mixes(gm))
+        return graphs[-1].forward
+
+    def function(rows: Tensor, early: Tensor, query: Tensor, eps: float) -> Tensor:
+        mixed = mix([early, rows], query)
+        return mixed * torch.rsqrt(mixed.pow(2).mean(-1, keepdim=True) + eps)
+
+    inputs = vectors("rows", "early", "query")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=keep, fullgraph=True)
+    for eps in (1e-3, 1e-2, 1e-1):
+        torch.testing.assert_close(compiled(*inputs, eps), function(*inputs, eps))
+    assert [len(fused_nodes(gm)) for gm in graphs] == [1, 0]
+
+
 def test_an_addition_that_is_read_before_the_norm_stays() -> None:
     def function(rows: Tensor, early: Tensor, delta: Tensor, query: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         partial = rows + delta
