@@ -22,7 +22,7 @@ from torch import fx
 
 from attnres_fx.passes.finish import only_makes_a_value
 from attnres_fx.passes.graph import insert_call, module_path, same_size, source_line, value_of
-from attnres_fx.passes.recognize_closure import Proposal
+from attnres_fx.passes.recognize_closure import Proposal, free_numbers
 from attnres_fx.passes.recognize_confirm import Meaning, meaning_of
 from attnres_fx.passes.recognize_rows import Facts, Row, is_bank, row_shape, shape_of
 from attnres_fx.passes.recognize_structure import is_anchor, proposals
@@ -46,7 +46,8 @@ def recognize(gm: fx.GraphModule, inputs: Sequence[Any] | None = None) -> list[R
     """Replace every hand-written mix of ``gm`` in place and return what was found, in graph order.
 
     ``gm`` is a copy of a graph of Dynamo or ``torch.export`` with traced values; ``inputs`` are not needed and ignored.
-    A second run finds nothing. Symbolic sizes stay symbolic: candidates are confirmed at the traced sizes.
+    A second run finds nothing. Symbolic sizes stay symbolic: candidates are confirmed at the traced sizes. Symbolic numbers
+    that a mix computes with (an eps, a scale) are guarded.
     """
     found = recognize_graph(gm.graph)
     if found:
@@ -76,6 +77,7 @@ def recognize_graph(graph: fx.Graph) -> list[Recognized]:
             output = proposal.outputs[meaning.output]
             if output not in replaced:
                 replaced.add(output)
+                _settle_numbers(proposal)
                 found.append(rewriter.replace(proposal, meaning))
             break
     if found:
@@ -109,6 +111,16 @@ class _Local(str):
 
 def _dtype(node: fx.Node) -> str:
     return str(getattr(value_of(node), "dtype", None))
+
+
+def _settle_numbers(proposal: Proposal) -> None:
+    """Guard the numbers that the region computes with, so that a call with another eps or scale is compiled anew.
+
+    Dynamo makes an input of a number that has changed, and the operator's are constants of the graph.
+    """
+    for node in proposal.region:
+        for source in free_numbers(node):
+            float(value_of(source))
 
 
 def _stable(proposal: Proposal, meaning: Meaning, facts: Facts) -> bool:

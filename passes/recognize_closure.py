@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from attnres_fx.passes.graph import float_tensor, same_size
+from attnres_fx.passes.graph import float_tensor, same_size, value_of
 from attnres_fx.passes.recognize_rows import (
     CREATIONS,
     Facts,
@@ -53,6 +54,19 @@ _LAYOUT = CASTS | COPIES | RESHAPES | PERMUTES | frozenset({
 })
 _CONSTANTS = CREATIONS | {"tensor", "scalar_tensor", "arange"}
 ALLOWED = PRODUCTS | _ARITHMETIC | _LAYOUT | _CONSTANTS | SOFTMAX | {"linear", ATTENTION}
+
+
+# Where operations that make a tensor take the number that it is filled with; their other numbers are sizes.
+_FILLS = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0}
+
+
+def free_numbers(node: fx.Node) -> list[fx.Node]:
+    """The symbolic numbers that ``node`` computes with; sizes in changes of shape are none."""
+    name = op_name(node)
+    if name in _LAYOUT or (name in _CONSTANTS and name not in _FILLS):
+        return []
+    sources = [argument(node, _FILLS[name], "fill_value")] if name in _FILLS else node.all_input_nodes
+    return [source for source in sources if isinstance(value_of(source), (torch.SymInt, torch.SymFloat))]
 
 
 @dataclass(frozen=True)

@@ -444,3 +444,33 @@ def test_near_misses_are_depth_reads(kind: str) -> None:
     gm, _ = capture(NearMiss(kind), rows(dtype=torch.float32), {})
     (found,) = depth_reads(prepare(gm).graph)
     assert len(found.sources) == 3
+
+
+@pytest.mark.parametrize("first, later, expected", [
+    ((1e-3, 1.0), (1e-1, 1.0), [1, 1, 1]), ((1e-3, 1.0), (1e-3, 2.0), [1, 0])], ids=["eps", "scale"])
+def test_a_number_that_a_call_changes_is_compiled_anew(
+    first: tuple[float, float], later: tuple[float, float], expected: list[int]
+) -> None:
+    """Dynamo makes a number that has changed an input of the graph; eps and logit scale are constants of the operator,
+    and guarded."""
+    def function(early: Tensor, rows: Tensor, query: Tensor, eps: float, scale: float) -> Tensor:
+        stacked = torch.stack([early, rows])
+        keys = stacked * torch.rsqrt(stacked.pow(2).mean(-1, keepdim=True) + eps)
+        weights = ((keys * query).sum(-1) * scale).softmax(0)
+        return (weights.unsqueeze(-1) * stacked).sum(0)
+
+    found: list[int] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Any:
+        own = prepare(gm)
+        found.append(len(recognize(own)))
+        return own.forward
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = [0.03 * torch.randn(2, 5, 24, generator=generator) for _ in range(2)] + [torch.randn(24, generator=generator)]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=keep, fullgraph=True)
+    for numbers in (first, later, tuple(2 * two - one for one, two in zip(first, later))):
+        torch.testing.assert_close(compiled(*tensors, *numbers), function(*tensors, *numbers))
+    # A scale that is no constant is not recognised, and needs no guard.
+    assert found == expected
