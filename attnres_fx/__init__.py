@@ -72,5 +72,5 @@ def __dir__() -> list[str]:
 
 
 if "torch" in sys.modules:
-    importlib.import_module("attnres_fx.runtime.mix")
+    importlib.import_module("attnres_fx.runtime.into")  # and with it all operators
     importlib.import_module("attnres_fx.runtime.marker")

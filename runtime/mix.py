@@ -19,7 +19,7 @@ from . import reference
 from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
 from .cpu import native
-from .operators import LIBRARY, backward_autograd, round_into_new
+from .operators import LIBRARY, Result, backward_autograd, empty_results, round_into_new
 
 _ARGUMENTS = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}, "
 _ARGUMENTS += "float output_factor{}"
@@ -59,12 +59,17 @@ def _mix_reference_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor
     return round_into_new(wide, reference.output_shape(sources, query), reference.result_dtype(sources))
 
 
-def _mix_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+def mix_results(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Result]:
+    """The shape and the dtype of the mix, after a check of its arguments."""
     reference.check_arguments(sources, query, key_gain, _with_defaults(*options)[0])
-    return sources[0].new_empty(reference.output_shape(sources, query), dtype=reference.result_dtype(sources))
+    return [(reference.output_shape(sources, query), reference.result_dtype(sources))]
 
 
-def _mix_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+def _mix_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
+    return empty_results(sources[0], mix_results(sources, query, key_gain, *options))[0]
+
+
+def mix_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
     """The mix as differentiable torch operations, for the transforms that have to look inside."""
     options = _with_defaults(*options)
     reference.check_arguments(sources, query, key_gain, options[0])
@@ -170,7 +175,7 @@ def _mix_autograd(
     """
     needs_grad = torch.is_grad_enabled() and any_requires_grad(sources, query, key_gain)
     if in_forward_mode() or (needs_grad and in_functorch_transform()):
-        return _mix_composite(sources, query, key_gain, *options)
+        return mix_composite(sources, query, key_gain, *options)
     if needs_grad:
         result: Tensor = _Mix.apply(operator, _with_defaults(*options), query, key_gain, *sources)
         return result
@@ -204,7 +209,7 @@ LIBRARY.impl("mix_autograd", partial(_mix_autograd, MIX), "CompositeImplicitAuto
 LIBRARY.impl("mix_backward_autograd", partial(backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
 for _name in ("", "_reference", "_triton"):
     for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
-        LIBRARY.impl(f"mix{_name}", _mix_composite, _key)
+        LIBRARY.impl(f"mix{_name}", mix_composite, _key)
         LIBRARY.impl(f"mix_backward{_name}", _mix_backward_composite, _key)
     torch.library.register_fake(f"attnres::mix{_name}", _mix_fake, lib=LIBRARY)
     torch.library.register_fake(f"attnres::mix_backward{_name}", _mix_backward_fake, lib=LIBRARY)

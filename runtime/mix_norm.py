@@ -21,7 +21,9 @@ from .norm import Norm
 from .operators import (
     LIBRARY,
     VARIANTS,
+    Result,
     backward_autograd,
+    empty_results,
     native_or,
     on_gpu,
     operator_of,
@@ -32,10 +34,11 @@ from .operators import (
 _READ = "Tensor[] sources, Tensor query, Tensor? key_gain, "
 _EARLY_NORM = "Tensor? mixed, Tensor? lse, Tensor? weight, Tensor? bias, "
 _OPTIONS = "float eps, float logit_scale, bool normalize_values, float output_factor, bool centered, float norm_eps"
+ARGUMENTS = f"{_READ}Tensor? delta, {_EARLY_NORM}{_OPTIONS}"
 
 for _name in (*VARIANTS, "_autograd"):
     for _schema in (
-        f"mix_norm{_name}({_READ}Tensor? delta, {_EARLY_NORM}{_OPTIONS}) -> Tensor[]",
+        f"mix_norm{_name}({ARGUMENTS}) -> Tensor[]",
         f"mix_norm_backward{_name}(Tensor grad, Tensor? partial_grad, {_READ}{_EARLY_NORM}{_OPTIONS}) -> Tensor[]",
     ):
         LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -153,10 +156,18 @@ def _reference(
     return [round_into_new(rows, rows.shape, rows.dtype) for rows in made]
 
 
-def _fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any) -> list[Tensor]:
+def mix_norm_results(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any
+) -> list[Result]:
+    """The shapes and dtypes of the norm and, with a ``delta``, of the partial sum, after a check of the arguments."""
     reading = _reading(sources, query, key_gain, delta, *rest)
-    normed = sources[-1].new_empty(sources[-1].shape, dtype=reading.dtype)
-    return [normed] if delta is None else [normed, sources[-1].new_empty(sources[-1].shape)]
+    shape, dtype = sources[-1].shape, sources[-1].dtype
+    return [(shape, reading.dtype)] if delta is None else [(shape, reading.dtype), (shape, dtype)]
+
+
+def _fake(sources: list[Tensor], *rest: Any) -> list[Tensor]:
+    results = mix_norm_results(sources, *rest)
+    return empty_results(sources[-1], results)
 
 
 def _checked(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> Reading:

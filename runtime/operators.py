@@ -19,6 +19,7 @@ from .cpu import native
 
 LIBRARY = torch.library.Library("attnres", "FRAGMENT")
 VARIANTS = ("", "_reference", "_triton")
+Result = tuple[Sequence[int], torch.dtype]  # the shape and the dtype of one
 
 
 def operator_of(base: str, variant: str = "") -> Any:
@@ -31,23 +32,30 @@ def round_into_new(wide: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Te
     return torch.empty(shape, dtype=dtype, device=wide.device).copy_(wide)
 
 
+def empty_results(like: Tensor, results: Sequence[Result]) -> list[Tensor]:
+    """What a fake kernel returns: empty results on the device of ``like``."""
+    return [like.new_empty(shape, dtype=dtype) for shape, dtype in results]
+
+
 def tensors_in(arguments: Sequence[Any]) -> list[Tensor]:
     """The tensors among ``arguments`` and in the lists among them."""
     flat = itertools.chain.from_iterable(given if isinstance(given, list) else [given] for given in arguments)
     return [item for item in flat if isinstance(item, Tensor)]
 
 
-def native_or(kernel: Callable[..., Any], base: str, *arguments: Any) -> Any:
+def native_or(kernel: Callable[..., Any], base: str, *arguments: Any, **outputs: Any) -> Any:
     """Runs until a native kernel is registered, and after that never again on its device."""
     if all(tensor.device.type == "cpu" for tensor in tensors_in(arguments)) and native.ensure():
-        return operator_of(base)(*arguments)
-    return kernel(*arguments)
+        return operator_of(base)(*arguments, **outputs)
+    return kernel(*arguments, **outputs)
 
 
-def on_gpu(ours: Callable[..., Any], fallback: Callable[..., Any], first: Tensor | list[Tensor], *rest: Any) -> Any:
+def on_gpu(
+    ours: Callable[..., Any], fallback: Callable[..., Any], first: Tensor | list[Tensor], *rest: Any, **outputs: Any
+) -> Any:
     """Triton where it serves rows of this width: the operators take rows, or a list that begins with them, first."""
     serves = triton_kernels.serves(first if isinstance(first, list) else [first])
-    return (ours if serves else fallback)(first, *rest)
+    return (ours if serves else fallback)(first, *rest, **outputs)
 
 
 class _Once(torch.autograd.Function):

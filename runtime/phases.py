@@ -17,7 +17,17 @@ from torch import Tensor
 from . import reference
 from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
-from .operators import LIBRARY, VARIANTS, backward_autograd, native_or, on_gpu, operator_of, round_into_new
+from .operators import (
+    LIBRARY,
+    VARIANTS,
+    Result,
+    backward_autograd,
+    empty_results,
+    native_or,
+    on_gpu,
+    operator_of,
+    round_into_new,
+)
 
 _READ = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}"
 _DEFAULTS = ("=1e-6", "=1.0", "=False")
@@ -70,11 +80,16 @@ def _phase1_reference(sources: list[Tensor], query: Tensor, key_gain: Tensor | N
     return [round_into_new(made, made.shape, made.dtype) for made in phase1_composite(sources, query, key_gain, *options)]
 
 
-def _phase1_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
+def phase1_results(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Result]:
+    """The shapes and dtypes of the M mixes and the M log-sum-exps, after a check of the arguments."""
     check_phase1(sources, query, key_gain, _read_defaults(*options)[0])
     shape, count = sources[0].shape, query.shape[0]
-    mixed = [sources[0].new_empty(shape, dtype=reference.result_dtype(sources)) for _ in range(count)]
-    return mixed + [sources[0].new_empty(shape[:-1], dtype=reference.statistics_dtype(sources)) for _ in range(count)]
+    mixed, lse = (shape, reference.result_dtype(sources)), (shape[:-1], reference.statistics_dtype(sources))
+    return [mixed] * count + [lse] * count
+
+
+def _phase1_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
+    return empty_results(sources[0], phase1_results(sources, query, key_gain, *options))
 
 
 def _check_phase1_backward(
@@ -179,11 +194,16 @@ def _phase2_reference(
     return round_into_new(made, made.shape, made.dtype)
 
 
-def _phase2_fake(
+def phase2_results(
     mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
-) -> Tensor:
+) -> list[Result]:
+    """The shape and the dtype of the completed mix, after a check of the arguments."""
     check_phase2(mixed, lse, sources, query, key_gain, _merge_defaults(*options)[0])
-    return mixed.new_empty(mixed.shape, dtype=reference.result_dtype([mixed, *sources]))
+    return [(mixed.shape, reference.result_dtype([mixed, *sources]))]
+
+
+def _phase2_fake(mixed: Tensor, *rest: Any) -> Tensor:
+    return empty_results(mixed, phase2_results(mixed, *rest))[0]
 
 
 def _check_phase2_backward(

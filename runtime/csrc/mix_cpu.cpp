@@ -1,10 +1,11 @@
 // attnres::mix, its two phases, attnres::mix_norm and their gradients for the CPU: every source row comes from memory once
 // and stays in the cache for its further uses. What these kernels do not take (mixed dtypes, anything malformed) goes to the
-// reference operators, which compute it or raise; so the two can differ in nothing but rounding and speed.
+// reference operators, which compute it or raise; so the two can differ in nothing but rounding and speed. The forwards named
+// _into are the same kernels, writing to the tensors at the end of their arguments.
+#include "mix_autograd.h"
 #include "mix_backward.h"
 #include "mix_forward.h"
 
-#include <c10/core/GradMode.h>
 #include <torch/library.h>
 
 namespace attnres {
@@ -12,6 +13,8 @@ namespace {
 
 // The lengths of the argument lists; a backward has its gradients in front.
 constexpr int64_t kMix = 7, kPhase1 = 6, kPhase2 = 9, kNorm = 14, kNormBackward = 15;
+// Results to be written come last.
+constexpr int64_t kMixInto = kMix + 1, kPhase1Into = kPhase1 + 2, kPhase2Into = kPhase2 + 1, kNormInto = kNorm + 2;
 
 void to_reference(const char* name, torch::jit::Stack* stack) {
   const auto reference = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
@@ -31,6 +34,10 @@ auto by_type(const Arguments& a, const Run& run) {
     default:
       return run(at::BFloat16());
   }
+}
+
+at::Tensor empty_rows(const Arguments& a) {
+  return at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type());
 }
 
 // The results in the place of the arguments.
@@ -63,6 +70,15 @@ bool like_statistics(const at::Tensor& tensor, const Arguments& a) {
       tensor.scalar_type() == (a.first().scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+// Whether a tensor can be written as a result that is like the sources, or like their statistics.
+bool takes_rows(const at::Tensor& out, const Arguments& a, int64_t skip = 0) {
+  return like_sources(out, a, skip) && out.is_contiguous();
+}
+
+bool takes_statistics(const at::Tensor& out, const Arguments& a) {
+  return like_statistics(out, a) && out.is_contiguous();
+}
+
 // One source that is not normalised is the mix, whatever the query says.
 bool mix_served(const Arguments& a) {
   return served(a) && (a.count() > 1 || a.options.normalize);
@@ -78,7 +94,26 @@ void mix(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   if (!mix_served(a)) {
     return to_reference("attnres::mix_reference", stack);
   }
-  answer(stack, kMix, by_type(a, [&](auto zero) { return mix_forward<decltype(zero)>(a); }));
+  const at::IntArrayRef shape = a.first().sizes();
+  c10::SmallVector<int64_t, 6> sizes(shape.begin(), shape.end());
+  if (a.query.dim() == 2) {
+    sizes.insert(sizes.begin(), a.queries());
+  }
+  at::Tensor out = at::detail::empty_cpu(sizes, a.first().scalar_type());
+  by_type(a, [&](auto zero) { mix_forward<decltype(zero)>(a, out); });
+  answer(stack, kMix, std::move(out));
+}
+
+void mix_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kMixInto;
+  const Arguments a(from, from[6].toDouble());
+  const at::Tensor& out = from[kMix].toTensor();
+  const bool several = a.query.dim() == 2;
+  if (!mix_served(a) || !takes_rows(out, a, several) || (several && out.size(0) != a.queries())) {
+    return to_reference("attnres::mix_into_reference", stack);
+  }
+  by_type(a, [&](auto zero) { mix_forward<decltype(zero)>(a, out); });
+  torch::jit::drop(*stack, kMixInto);
 }
 
 void mix_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
@@ -103,7 +138,34 @@ void phase1(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   if (!served(a) || a.query.dim() != 2) {
     return to_reference("attnres::mix_phase1_reference", stack);
   }
-  answer(stack, kPhase1, by_type(a, [&](auto zero) { return phase1_forward<decltype(zero)>(a); }));
+  const at::IntArrayRef shape = a.first().sizes();
+  const at::ScalarType statistics = a.first().scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t count = a.queries();
+  Tensors made;
+  made.reserve(2 * count);
+  for (int64_t m = 0; m < 2 * count; ++m) {
+    made.push_back(m < count ? empty_rows(a) : at::detail::empty_cpu(shape.slice(0, shape.size() - 1), statistics));
+  }
+  const at::ArrayRef<at::Tensor> results(made);
+  by_type(a, [&](auto zero) { phase1_forward<decltype(zero)>(a, results.slice(0, count), results.slice(count)); });
+  answer(stack, kPhase1, std::move(made));
+}
+
+void phase1_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kPhase1Into;
+  const Arguments a(from, 1);
+  const std::vector<at::Tensor> mixed = from[kPhase1].toTensorVector(), lse = from[kPhase1 + 1].toTensorVector();
+  const auto fit = [&] {
+    const size_t count = a.queries();
+    return mixed.size() == count && lse.size() == count &&
+        std::all_of(mixed.begin(), mixed.end(), [&](const at::Tensor& out) { return takes_rows(out, a); }) &&
+        std::all_of(lse.begin(), lse.end(), [&](const at::Tensor& out) { return takes_statistics(out, a); });
+  };
+  if (!served(a) || a.query.dim() != 2 || !fit()) {
+    return to_reference("attnres::mix_phase1_into_reference", stack);
+  }
+  by_type(a, [&](auto zero) { phase1_forward<decltype(zero)>(a, mixed, lse); });
+  torch::jit::drop(*stack, kPhase1Into);
 }
 
 void phase1_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
@@ -132,7 +194,21 @@ void phase2(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   if (!phase2_served(known, a)) {
     return to_reference("attnres::mix_phase2_reference", stack);
   }
-  answer(stack, kPhase2, by_type(a, [&](auto zero) { return phase2_forward<decltype(zero)>(known, a); }));
+  at::Tensor out = empty_rows(a);
+  by_type(a, [&](auto zero) { phase2_forward<decltype(zero)>(known, a, out); });
+  answer(stack, kPhase2, std::move(out));
+}
+
+void phase2_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kPhase2Into;
+  const Known known(from);
+  const Arguments a(from + 2, from[8].toDouble());
+  const at::Tensor& out = from[kPhase2].toTensor();
+  if (!phase2_served(known, a) || !takes_rows(out, a)) {
+    return to_reference("attnres::mix_phase2_into_reference", stack);
+  }
+  by_type(a, [&](auto zero) { phase2_forward<decltype(zero)>(known, a, out); });
+  torch::jit::drop(*stack, kPhase2Into);
 }
 
 void phase2_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
@@ -163,18 +239,52 @@ bool norm_served(const Arguments& a, const c10::IValue* known, const NormArgumen
       parameter(norm.bias);
 }
 
+// The arguments of attnres::mix_norm.
+struct NormCall {
+  const c10::IValue* from;
+  const Arguments a;
+  const at::Tensor* delta;
+  const NormArguments norm;
+
+  explicit NormCall(const c10::IValue* from)
+      : from(from),
+        a(from, Options(from + 8, from[11].toDouble())),
+        delta(tensor_or_null(from[3])),
+        norm(from + 6, from + 12) {}
+
+  bool served() const { return norm_served(a, from + 4, norm) && (delta == nullptr || like_sources(*delta, a)); }
+  void write(const at::Tensor& normed, const at::Tensor* partial) const {
+    const auto known = known_or_none(from + 4);
+    by_type(a, [&](auto zero) {
+      mix_norm_forward<decltype(zero)>(a, delta, known ? &*known : nullptr, norm, normed, partial);
+    });
+  }
+};
+
 void mix_norm(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  const c10::IValue* from = stack->data() + stack->size() - kNorm;
-  const Arguments a(from, Options(from + 8, from[11].toDouble()));
-  const at::Tensor* delta = tensor_or_null(from[3]);
-  const NormArguments norm(from + 6, from + 12);
-  if (!norm_served(a, from + 4, norm) || (delta != nullptr && !like_sources(*delta, a))) {
+  const NormCall call(stack->data() + stack->size() - kNorm);
+  if (!call.served()) {
     return to_reference("attnres::mix_norm_reference", stack);
   }
-  const auto known = known_or_none(from + 4);
-  answer(stack, kNorm, by_type(a, [&](auto zero) {
-    return mix_norm_forward<decltype(zero)>(a, delta, known ? &*known : nullptr, norm);
-  }));
+  Tensors made{empty_rows(call.a)};
+  if (call.delta != nullptr) {
+    made.push_back(empty_rows(call.a));
+  }
+  call.write(made[0], call.delta == nullptr ? nullptr : &made[1]);
+  answer(stack, kNorm, std::move(made));
+}
+
+void mix_norm_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const c10::IValue* from = stack->data() + stack->size() - kNormInto;
+  const NormCall call(from);
+  const at::Tensor& normed = from[kNorm].toTensor();
+  const at::Tensor* partial = tensor_or_null(from[kNorm + 1]);
+  if (!call.served() || !takes_rows(normed, call.a) || (call.delta == nullptr) != (partial == nullptr) ||
+      (partial != nullptr && !takes_rows(*partial, call.a))) {
+    return to_reference("attnres::mix_norm_into_reference", stack);
+  }
+  call.write(normed, partial);
+  torch::jit::drop(*stack, kNormInto);
 }
 
 void mix_norm_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
@@ -192,40 +302,6 @@ void mix_norm_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   }));
 }
 
-// Whether autograd has anything to do with a value on the stack: a gradient to record, or a tangent to carry.
-bool differentiates(const at::Tensor& tensor, bool grad_mode) {
-  return tensor.defined() && ((grad_mode && tensor.requires_grad()) || tensor._fw_grad(0).defined());
-}
-
-bool differentiates(const torch::jit::Stack& stack, int64_t count) {
-  const bool grad_mode = c10::GradMode::is_enabled();
-  for (const c10::IValue& value : torch::jit::last(stack, count)) {
-    if (value.isTensor()) {
-      if (differentiates(value.toTensor(), grad_mode)) {
-        return true;
-      }
-    } else if (value.isTensorList()) {
-      for (const c10::IValue& item : value.toListRef()) {
-        if (differentiates(item.toTensor(), grad_mode)) {
-          return true;
-        }
-      }
-    }
-  }
-  return false;
-}
-
-// Compiled graphs dispatch through autograd on every call, mostly to find nothing to do. Whatever there is to do is done
-// by the operator `Python`, which is written in Python.
-template <const char* Python, int64_t Count>
-void through_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  if (differentiates(*stack, Count)) {
-    c10::Dispatcher::singleton().findSchemaOrThrow(Python, "").callBoxed(stack);
-  } else {
-    op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-  }
-}
-
 constexpr char kMixAutograd[] = "attnres::mix_autograd";
 constexpr char kMixBackwardAutograd[] = "attnres::mix_backward_autograd";
 constexpr char kPhase1Autograd[] = "attnres::mix_phase1_autograd";
@@ -234,11 +310,6 @@ constexpr char kPhase2Autograd[] = "attnres::mix_phase2_autograd";
 constexpr char kPhase2BackwardAutograd[] = "attnres::mix_phase2_backward_autograd";
 constexpr char kNormAutograd[] = "attnres::mix_norm_autograd";
 constexpr char kNormBackwardAutograd[] = "attnres::mix_norm_backward_autograd";
-
-template <const char* Python, int64_t Count>
-torch::CppFunction recording() {
-  return torch::CppFunction::makeFromBoxedFunction<&through_autograd<Python, Count>>();
-}
 
 } // namespace
 } // namespace attnres
@@ -253,6 +324,10 @@ TORCH_LIBRARY_IMPL(attnres, AutogradCPU, m) {
   m.impl("mix_phase2_backward", recording<kPhase2BackwardAutograd, kPhase2 + 1>());
   m.impl("mix_norm", recording<kNormAutograd, kNorm>());
   m.impl("mix_norm_backward", recording<kNormBackwardAutograd, kNormBackward>());
+  m.impl("mix_into", refusing<kMixInto, 1>());
+  m.impl("mix_phase1_into", refusing<kPhase1Into, 2>());
+  m.impl("mix_phase2_into", refusing<kPhase2Into, 1>());
+  m.impl("mix_norm_into", refusing<kNormInto, 2>());
 }
 
 TORCH_LIBRARY_IMPL(attnres, CPU, m) {
@@ -264,4 +339,8 @@ TORCH_LIBRARY_IMPL(attnres, CPU, m) {
   m.impl("mix_phase2_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::phase2_backward>());
   m.impl("mix_norm", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_norm>());
   m.impl("mix_norm_backward", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_norm_backward>());
+  m.impl("mix_into", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_into>());
+  m.impl("mix_phase1_into", torch::CppFunction::makeFromBoxedFunction<&attnres::phase1_into>());
+  m.impl("mix_phase2_into", torch::CppFunction::makeFromBoxedFunction<&attnres::phase2_into>());
+  m.impl("mix_norm_into", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_norm_into>());
 }

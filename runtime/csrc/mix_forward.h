@@ -47,75 +47,63 @@ void forward(const Arguments& a, const KnownRows* known, T* const* out, Acc<T>* 
   });
 }
 
+// The functions below write to contiguous tensors of the right shape and dtype.
+
+template <typename A>
+A* data_of(const at::Tensor& tensor) {
+  return static_cast<A*>(tensor.mutable_data_ptr());
+}
+
 template <typename T>
-at::Tensor mix_forward(const Arguments& a) {
-  c10::SmallVector<int64_t, 6> shape;
-  if (a.query.dim() == 2) {
-    shape.push_back(a.queries());
-  }
-  shape.append(a.first().sizes().begin(), a.first().sizes().end());
-  at::Tensor result = at::detail::empty_cpu(shape, a.first().scalar_type());
+void mix_forward(const Arguments& a, const at::Tensor& result) {
   c10::SmallVector<T*, 16> out;
   for (int64_t m = 0; m < a.queries(); ++m) {
-    out.push_back(static_cast<T*>(result.mutable_data_ptr()) + m * a.rows() * a.width());
+    out.push_back(data_of<T>(result) + m * a.rows() * a.width());
   }
   forward<T>(a, nullptr, out.data(), nullptr);
-  return result;
 }
 
 template <typename T>
-Tensors phase1_forward(const Arguments& a) {
-  const at::IntArrayRef shape = a.first().sizes();
-  const at::ScalarType type = a.first().scalar_type(), statistics = c10::CppTypeToScalarType<Acc<T>>::value;
+void phase1_forward(const Arguments& a, at::ArrayRef<at::Tensor> mixed, at::ArrayRef<at::Tensor> lses) {
   c10::SmallVector<T*, 16> out;
   c10::SmallVector<Acc<T>*, 16> lse;
-  Tensors result;
-  result.reserve(2 * a.queries());
   for (int64_t m = 0; m < a.queries(); ++m) {
-    result.push_back(at::detail::empty_cpu(shape, type));
-    out.push_back(static_cast<T*>(result.back().mutable_data_ptr()));
-  }
-  for (int64_t m = 0; m < a.queries(); ++m) {
-    result.push_back(at::detail::empty_cpu(shape.slice(0, shape.size() - 1), statistics));
-    lse.push_back(static_cast<Acc<T>*>(result.back().mutable_data_ptr()));
+    out.push_back(data_of<T>(mixed[m]));
+    lse.push_back(data_of<Acc<T>>(lses[m]));
   }
   forward<T>(a, nullptr, out.data(), lse.data());
-  return result;
 }
 
 template <typename T>
-at::Tensor phase2_forward(const Known& given, const Arguments& a) {
+void phase2_forward(const Known& given, const Arguments& a, const at::Tensor& result) {
   Tensors keep;
   const KnownRows known(given, keep);
-  at::Tensor result = at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type());
-  T* const out = static_cast<T*>(result.mutable_data_ptr());
+  T* const out = data_of<T>(result);
   forward<T>(a, &known, &out, nullptr);
-  return result;
 }
 
-// The norm of the mix, then the completed partial sum if there is a `delta`.
+// The norm of the mix, and the completed partial sum if there is a `delta`. The partial sum may be written in the place of
+// the last source: a row of it is read once, by added_row, and its sum from then on.
 template <typename T>
-Tensors mix_norm_forward(const Arguments& a, const at::Tensor* delta, const Known* given, const NormArguments& norm_given) {
-  Tensors keep, results;
+void mix_norm_forward(const Arguments& a, const at::Tensor* delta, const Known* given, const NormArguments& norm_given,
+                      const at::Tensor& normed, const at::Tensor* partial) {
+  Tensors keep;
   const Norm<T> norm(norm_given, a.width());
   std::optional<KnownRows> known;
   if (given != nullptr) {
     known.emplace(*given, keep);
   }
-  results.push_back(at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type()));
-  T* const out = static_cast<T*>(results[0].mutable_data_ptr());
+  T* const out = data_of<T>(normed);
   Addition<T> addition{};
   std::optional<Rows> deltas;
   if (delta != nullptr) {
-    results.push_back(at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type()));
-    addition = {&deltas.emplace(rows_of(*delta, keep)), static_cast<T*>(results[1].mutable_data_ptr())};
+    addition = {&deltas.emplace(rows_of(*delta, keep)), data_of<T>(*partial)};
   }
   each_position<T>(a, known ? &*known : nullptr, addition, true, [&](Sweep<T>& sweep, int64_t row) {
     sweep.read(row, nullptr);
     const Acc<T> scale = norm.standardize(sweep.mixed(0));
     norm.write(sweep.mixed(0), scale, out + row * a.width());
   });
-  return results;
 }
 
 } // namespace

@@ -160,7 +160,7 @@ inline void rounded_row(const Acc<T>* row, Acc<T> factor, int64_t width, T* to) 
   }
 }
 
-// to = row + more, rounded.
+// to = row + more, rounded; `to` may be `row`.
 template <typename T>
 inline void added_row(const T* row, const T* more, int64_t width, T* to) {
   using S = Storage<T>;

@@ -36,7 +36,8 @@ class Cursor {
   }
 };
 
-// What is added to the last source before it is read, and where the sums go, which are read in its place; or nothing.
+// What is added to the last source before it is read, and where the sums go, which are read in its place; or nothing. The
+// sums may go where the last source is.
 template <typename T>
 struct Addition {
   const Rows* delta;

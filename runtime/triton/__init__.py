@@ -62,9 +62,14 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"attnres::mix runs as plain torch operations, several times slower: {reason}", stacklevel=2)
 
 
-def mix(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
-    """``attnres::mix`` by the Triton kernels. Raises KernelError where they cannot run, and what the mix raises."""
-    return _launcher(query).mix(sources, query, key_gain, *options)
+def mix(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, out: Tensor | None = None
+) -> Tensor:
+    """``attnres::mix`` by the Triton kernels. Raises KernelError where they cannot run, and what the mix raises.
+
+    Here and below, results are written to the tensors given for them, checked and contiguous; else to new ones.
+    """
+    return _launcher(query).mix(sources, query, key_gain, *options, out=out)
 
 
 def mix_backward(
@@ -74,9 +79,11 @@ def mix_backward(
     return _launcher(query).mix_backward(grad, sources, query, key_gain, *options)
 
 
-def mix_phase1(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
+def mix_phase1(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, **outputs: list[Tensor]
+) -> list[Tensor]:
     """``attnres::mix_phase1`` by the Triton kernels, for checked arguments. Raises KernelError where they cannot run."""
-    made: list[Tensor] = _phases(query).mix_phase1(sources, query, key_gain, *options)
+    made: list[Tensor] = _phases(query).mix_phase1(sources, query, key_gain, *options, **outputs)
     return made
 
 
@@ -89,10 +96,11 @@ def mix_phase1_backward(
 
 
 def mix_phase2(
-    mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+    mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``attnres::mix_phase2``, likewise."""
-    made: Tensor = _phases(query).mix_phase2(mixed, lse, sources, query, key_gain, *options)
+    made: Tensor = _phases(query).mix_phase2(mixed, lse, sources, query, key_gain, *options, out=out)
     return made
 
 
@@ -104,9 +112,9 @@ def mix_phase2_backward(
     return made
 
 
-def mix_norm(sources: list[Tensor], query: Tensor, *arguments: Any) -> list[Tensor]:
+def mix_norm(sources: list[Tensor], query: Tensor, *arguments: Any, **outputs: Tensor | None) -> list[Tensor]:
     """``attnres::mix_norm``, likewise."""
-    made: list[Tensor] = _fused(query).mix_norm(sources, query, *arguments)
+    made: list[Tensor] = _fused(query).mix_norm(sources, query, *arguments, **outputs)
     return made
 
 

@@ -192,7 +192,9 @@ def mix_forward(
     [M, d] or None.
     outputs: a tuple of M [tokens, d]. lses: None, or a tuple of M [tokens], the log-sum-exp of the logits (phase 1).
     early [tokens, d] by stride, early_lse [tokens], or None: the mix of earlier sources and their log-sum-exp (phase 2).
-    delta, partial_out: the last source is read as source + delta, rounded, and stored.
+    delta, partial_out: the last source is read as source + delta, rounded, and stored. partial_out may be the last source's
+    own memory: every element is loaded once, before its sum is stored, by the one thread that holds it. (A tile of the table
+    has elements for all threads of a program; a smaller one would be loaded by several threads, some after the store.)
     norm_gain, norm_bias [d] or None: of the consumer's norm, where NORM is "rms" or "layer" ("" for none).
     state_sums [2, M, tokens], state_rows [M, tokens, d] in ACC: maximum, sum and rows, carried from launch to launch where
     there are more sources than one launch takes: read unless FIRST, written (instead of outputs) unless LAST. GROUP sources

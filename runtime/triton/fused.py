@@ -20,16 +20,20 @@ from .problem import Early, Options, Problem, device_guard, empty_like, rows_of,
 
 
 def mix_norm(
-    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any,
+    normed_out: Tensor | None = None, partial_out: Tensor | None = None,
 ) -> list[Tensor]:
     """[normed], or [normed, partial] with a delta: [..., d] in the promoted dtype of the rows, and in the last source's.
 
-    rest: the arguments of ``Reading`` from mixed on.
+    rest: the arguments of ``Reading`` from mixed on. The results are written to normed_out and partial_out, contiguous,
+    where these are given; partial_out may be the last source's own memory.
     """
     reading = Reading(list(sources), query, key_gain, *rest)
     last = reading.sources[-1]
-    normed = torch.empty(last.shape, dtype=reading.dtype, device=last.device)
-    made = [normed] if delta is None else [normed, *empty_like([last])]
+    normed = torch.empty(last.shape, dtype=reading.dtype, device=last.device) if normed_out is None else normed_out
+    made = [normed]
+    if delta is not None:
+        made.append(empty_like([last])[0] if partial_out is None else partial_out)
     if normed.numel():
         added, formed = (None, None) if delta is None else (rows_of(delta), rows_of(made[1]))
         problem = _problem(reading, [] if added is None else [added])

@@ -25,11 +25,18 @@ from .problem import ACCUMULATE, Early, Options, Problem, chunks, device_guard, 
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
 
 
-def mix(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
-    """The mix by the forward kernel: arguments, result and errors of ``attnres::mix``."""
+def mix(
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, out: Tensor | None = None
+) -> Tensor:
+    """The mix by the forward kernel: arguments, result and errors of ``attnres::mix``.
+
+    It is written to ``out``, if that is given: contiguous, of the shape and dtype of the result, checked by the caller.
+    """
     reference.check_arguments(sources, query, key_gain, options[0])
-    output = torch.empty(reference.output_shape(sources, query), dtype=reference.result_dtype(sources),
-                         device=query.device)
+    output = out
+    if output is None:
+        output = torch.empty(reference.output_shape(sources, query), dtype=reference.result_dtype(sources),
+                             device=query.device)
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(*options))
         with device_guard(output):
@@ -48,8 +55,9 @@ def forward(
 ) -> None:
     """Write the mixes to outputs, M of [tokens, d], and the log-sum-exp of their logits to lses, M of [tokens].
 
-    With delta [tokens, d] the last source is taken as source + delta and stored to partial_out [tokens, d]. With norm, of
-    contiguous weight and bias, outputs receive the normalised mix.
+    With delta [tokens, d] the last source is taken as source + delta and stored to partial_out [tokens, d], which may be the
+    last source's own memory. With norm, of contiguous weight and bias, outputs receive the normalised mix. All that is
+    written is contiguous.
     """
     for part in chunks(len(problem.query), configs.forward_queries(problem.width, problem.element)):
         own_lses = None if lses is None else tuple(lses[part])

@@ -18,20 +18,22 @@ from .problem import Early, Options, Problem, device_guard, empty_like, rows_of,
 
 
 def mix_phase1(
-    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float, logit_scale: float, normalize_values: bool
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float, logit_scale: float,
+    normalize_values: bool, *, mixed_out: Sequence[Tensor] | None = None, lse_out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The mixes, M of [..., d] in the promoted dtype of the sources, and the log-sum-exp of their logits, M of [...] in
-    that of the statistics.
+    that of the statistics. Written to mixed_out and lse_out, contiguous, if these are given.
     """
     shape, device = sources[0].shape, query.device
-    statistics = reference.statistics_dtype(sources)
-    mixed = [torch.empty(shape, dtype=reference.result_dtype(sources), device=device) for _ in query]
-    lses = [torch.empty(shape[:-1], dtype=statistics, device=device) for _ in query]
+    if mixed_out is None:
+        mixed_out = [torch.empty(shape, dtype=reference.result_dtype(sources), device=device) for _ in query]
+    if lse_out is None:
+        lse_out = [torch.empty(shape[:-1], dtype=reference.statistics_dtype(sources), device=device) for _ in query]
     if sources[0].numel():
         problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, 1.0), phase=1)
         with device_guard(query):
-            forward(problem, [rows_of(rows) for rows in mixed], lses=[lse.view(-1) for lse in lses])
-    return [*mixed, *lses]
+            forward(problem, [rows_of(rows) for rows in mixed_out], lses=[lse.view(-1) for lse in lse_out])
+    return [*mixed_out, *lse_out]
 
 
 def mix_phase1_backward(
@@ -54,10 +56,15 @@ def mix_phase1_backward(
 
 def mix_phase2(
     mixed: Tensor, lse: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float,
-    logit_scale: float, normalize_values: bool, output_factor: float,
+    logit_scale: float, normalize_values: bool, output_factor: float, *, out: Tensor | None = None,
 ) -> Tensor:
-    """The mix [..., d] of what phase 1 left of a query [d] and of further sources, in the promoted dtype of all rows."""
-    output = torch.empty(mixed.shape, dtype=reference.result_dtype([mixed, *sources]), device=mixed.device)
+    """The mix [..., d] of what phase 1 left of a query [d] and of further sources, in the promoted dtype of all rows.
+
+    Written to ``out``, contiguous, if that is given.
+    """
+    output = out
+    if output is None:
+        output = torch.empty(mixed.shape, dtype=reference.result_dtype([mixed, *sources]), device=mixed.device)
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, output_factor),
                              phase=2, early=Early(rows_of(mixed), scalars_of(lse)))
