@@ -66,7 +66,7 @@ def mix_results(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *
 
 
 def _mix_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
-    return empty_results(sources[0], mix_results(sources, query, key_gain, *options))[0]
+    return empty_results(query, mix_results(sources, query, key_gain, *options))[0]
 
 
 def mix_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:

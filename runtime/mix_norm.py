@@ -165,9 +165,8 @@ def mix_norm_results(
     return [(shape, reading.dtype)] if delta is None else [(shape, reading.dtype), (shape, dtype)]
 
 
-def _fake(sources: list[Tensor], *rest: Any) -> list[Tensor]:
-    results = mix_norm_results(sources, *rest)
-    return empty_results(sources[-1], results)
+def _fake(sources: list[Tensor], query: Tensor, *rest: Any) -> list[Tensor]:
+    return empty_results(query, mix_norm_results(sources, query, *rest))
 
 
 def _checked(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> Reading:

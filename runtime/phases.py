@@ -89,7 +89,7 @@ def phase1_results(sources: list[Tensor], query: Tensor, key_gain: Tensor | None
 
 
 def _phase1_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
-    return empty_results(sources[0], phase1_results(sources, query, key_gain, *options))
+    return empty_results(query, phase1_results(sources, query, key_gain, *options))
 
 
 def _check_phase1_backward(
