@@ -5,7 +5,7 @@ Written against torch 2.13. A new torch release is supported when these tests pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,16 +21,6 @@ def any_requires_grad(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open, so that tensors may carry tangents."""
     return forward_ad._current_level >= 0
-
-
-def has_tangent(tensor: Tensor) -> bool:
-    """Whether a tensor carries a tangent of forward mode at the level that is open."""
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def bump_versions(written: Iterable[Tensor]) -> None:
-    """Let autograd know that tensors were written, in case it has saved one of them."""
-    torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
 
 
 def in_functorch_transform() -> bool:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from . import mix_norm, phases, reference
 from . import triton as triton_kernels
-from ._compat import below_autograd, bump_versions, has_tangent, in_forward_mode
+from ._compat import below_autograd, in_forward_mode
 from .mix import mix_composite, mix_results
 from .operators import LIBRARY, VARIANTS, Result, native_or, on_gpu, operator_of, tensors_in
 
@@ -73,7 +75,7 @@ class _Family:
 
 def _written(outputs: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors among the outputs by name, those of lists one by one."""
-    named = {}
+    named: dict[str, Tensor] = {}
     for name, given in outputs.items():
         listed = [(f"{name}[{i}]", tensor) for i, tensor in enumerate(given)] if isinstance(given, list) else [(name, given)]
         named.update((each, tensor) for each, tensor in listed if tensor is not None)
@@ -113,9 +115,10 @@ def _below_autograd(name: str, *arguments: Any, **outputs: Any) -> None:
     tensors = tensors_in([*arguments, *outputs.values()])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         _refuse(name)
-    if in_forward_mode() and any(map(has_tangent, tensors)):
+    if in_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         _refuse(name)
-    bump_versions(_written(outputs).values())
+    # Autograd finds out by the version that a tensor it has saved was written.
+    increment_version([tensor for tensor in _written(outputs).values() if not tensor.is_inference()])
     with below_autograd():
         getattr(torch.ops.attnres, name).default(*arguments, **outputs)
 
