@@ -84,7 +84,8 @@ def phase1_results(sources: list[Tensor], query: Tensor, key_gain: Tensor | None
     """The shapes and dtypes of the M mixes and the M log-sum-exps, after a check of the arguments."""
     check_phase1(sources, query, key_gain, _read_defaults(*options)[0])
     shape, count = sources[0].shape, query.shape[0]
-    mixed, lse = (shape, reference.result_dtype(sources)), (shape[:-1], reference.statistics_dtype(sources))
+    mixed: Result = (shape, reference.result_dtype(sources))
+    lse: Result = (shape[:-1], reference.statistics_dtype(sources))
     return [mixed] * count + [lse] * count
 
 
