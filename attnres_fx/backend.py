@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch import fx
 import attnres_fx.passes
 import attnres_fx.runtime
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import run_aot_eager, run_inductor
+from attnres_fx.passes._compat import GraphPasses, run_aot_eager, run_inductor
+from attnres_fx.passes.arena import place_rows_for_backward, place_rows_of_call
 from attnres_fx.passes.fit import schedule_within
 from attnres_fx.passes.fuse import fuse_mixes
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
@@ -29,6 +31,7 @@ from attnres_fx.passes.recognize import Recognized, recognize
 from attnres_fx.passes.reread import reread_norms
 from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.select import select_kernels
+from attnres_fx.runtime.arena import ArenaPool
 from attnres_fx.runtime.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -78,15 +81,40 @@ def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Optio
         gm = schedule_mixes(gm, wished, training)
         gm = fuse_mixes(gm) if fuses else gm
     gm = select_kernels(gm, options.kernels)
-    joint_pass = reread_norms if any(_is_ours(node) for node in gm.graph.nodes) else None
+    ours = any(_is_ours(node) for node in gm.graph.nodes)
     match options.downstream:
         case "eager":
             return gm.forward
         case "aot_eager":
-            return run_aot_eager(gm, inputs, joint_pass)
-        case _:
-            identity = "" if joint_pass is None else source_hash()
-            return run_inductor(gm, inputs, dict(options.inductor), joint_pass, identity)
+            return run_aot_eager(gm, inputs, reread_norms if ours else None)
+        case _ if not ours:
+            return run_inductor(gm, inputs, dict(options.inductor))
+        case _ if options.arena == "never":
+            return run_inductor(gm, inputs, dict(options.inductor), GraphPasses(source_hash(), reread_norms))
+    passes = GraphPasses(f"{source_hash()} arena", reread_norms, place_rows_of_call, place_rows_for_backward)
+    compiled = run_inductor(gm, inputs, dict(options.inductor), passes)
+    return compiled if training or _captures(options) else _lending(compiled, inputs)
+
+
+def _lending(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Lend arenas from a pool of its own to every call; it is emptied when the model is gone, which Dynamo's cache outlives.
+    """
+    pool = ArenaPool()
+    parameter = next((value for value in inputs if isinstance(value, torch.nn.Parameter)), None)
+    if parameter is not None:
+        weakref.finalize(parameter, pool.clear)
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        with pool.lending():
+            return compiled(*args)
+
+    return call
+
+
+def _captures(options: Options) -> bool:
+    """Whether Inductor replays graphs of a GPU's work, which know nothing of who holds an arena."""
+    return bool(options.inductor.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from attnres_fx.passes.select import KERNELS
 from attnres_fx.runtime.errors import OptionError
 
 DOWNSTREAMS = ("inductor", "aot_eager", "eager")
+ARENAS = ("auto", "never")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Options:
         downstreams read in one pass); "one-pass", always; "two-phase", wherever consecutive mixes have sources in common.
     fuse: whether a mix becomes one operator with the norm that alone reads it and with the addition before it: "auto", under
         Inductor; "always", also under the debugging downstreams; "never".
+    arena: whether Inductor's code lets the rows of attention residuals share planned memory: "auto", where it can; "never".
     memory_budget: bytes that the rows of attention residuals (blocks, partial sums, what phase 1 leaves, mixes; in training
         what is kept of them, and their gradients) may take by plan, in a call of the sizes that are compiled for: text as
         "512MB" or "1.5GiB", or a number of bytes per token. It limits how many queries a phase 1 serves, never the blocks;
@@ -47,6 +49,7 @@ class Options:
     schedule: str = "auto"
     fuse: str = "auto"
     kernels: str = "auto"
+    arena: str = "auto"
     memory_budget: str | int | None = None
 
     @staticmethod
@@ -70,7 +73,8 @@ class Options:
     def _check(self) -> None:
         if self.downstream not in DOWNSTREAMS:
             raise OptionError(f"downstream is {self.downstream!r}", remedy=f"give one of {', '.join(DOWNSTREAMS)}")
-        for name, known in (("kernels", KERNELS), ("schedule", SCHEDULES), ("fuse", FUSIONS)):
+        for name, known in (("kernels", KERNELS), ("schedule", SCHEDULES), ("fuse", FUSIONS),
+                            ("arena", ARENAS)):
             given = getattr(self, name)
             if given not in known:
                 near = difflib.get_close_matches(str(given), known, n=1)

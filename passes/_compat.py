@@ -58,33 +58,108 @@ def propagate_fake(gm: fx.GraphModule, args: Sequence[Any]) -> None:
     FakeTensorProp(gm, mode).propagate(*args)
 
 
-_JOINT_PASS = "joint_custom_pre_pass"
+@dataclass(frozen=True)
+class GraphPasses:
+    """Passes for Inductor to run, before those that others have asked for.
+
+    ``joint`` runs on the joint graph of AOTAutograd; ``call`` on the graph of a call without a backward, when all others are
+    done; ``forward`` likewise on the forward of a training step, with the number of its outputs that are not kept for the
+    backward. ``identity`` stands for them, and for everything else that the graph alone does not tell, in the keys of
+    torch's caches.
+    """
+
+    identity: str
+    joint: Callable[[fx.Graph], None]
+    call: Callable[[fx.Graph], None] | None = None
+    forward: Callable[[fx.Graph, int], None] | None = None
 
 
 def run_inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any],
-    joint_pass: Callable[[fx.Graph], None] | None = None, identity: str = "",
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], passes: GraphPasses | None = None
 ) -> Callable[..., Any]:
-    """Hand a graph to Inductor with configuration patches.
-
-    ``joint_pass`` runs on the joint graph, before the passes that others have asked for; ``identity`` stands for it, and
-    for everything else that the graph alone does not tell, in the keys of torch's caches.
-    """
+    """Hand a graph to Inductor with configuration patches, and passes of our own."""
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+    from torch._inductor.custom_graph_pass import (
+        CustomGraphPass,
+        CustomInferenceAwareGraphPass,
+        get_custom_graph_passes,
+    )
+
+    if passes is None:
+        return compile_fx(gm, list(inputs), config_patches=patches or None)
+    identity, joint, call, forward = passes.identity, passes.joint, passes.call, passes.forward
 
     class JointPass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            assert joint_pass is not None
-            joint_pass(graph)
+            joint(graph)
 
         def uuid(self) -> str:
             return identity
 
-    if joint_pass is not None:
-        theirs = get_custom_graph_passes(patches.get(_JOINT_PASS, getattr(torch._inductor.config, _JOINT_PASS)))
-        patches = {**patches, _JOINT_PASS: [JointPass(), *theirs]}
-    return compile_fx(gm, list(inputs), config_patches=patches or None)
+    class LastPass(CustomInferenceAwareGraphPass):
+        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+            if is_inference and call is not None:
+                call(graph)
+            elif not is_inference and forward is not None and not _is_backward_graph(graph):
+                metadata = torch._guards.TracingContext.get().fw_metadata
+                assert metadata is not None
+                forward(graph, metadata.num_forward)
+
+        def uuid(self) -> str:
+            return identity
+
+    ours = {"joint_custom_pre_pass": JointPass(), "post_grad_custom_post_pass": LastPass()}
+    for name, own in ours.items():
+        theirs = get_custom_graph_passes(patches.get(name, getattr(torch._inductor.config, name)))
+        patches = {**patches, name: [own, *theirs]}
+    return compile_fx(gm, list(inputs), config_patches=patches)
+
+
+def _is_backward_graph(graph: fx.Graph) -> bool:
+    """Whether AOTAutograd made a graph of the backward: only there are there gradients among the inputs."""
+    return any(node.op == "placeholder" and str(node.target).startswith("tangents_") for node in graph.nodes)
+
+
+def numbers_as_nodes(graph: fx.Graph) -> Callable[[Any], Any]:
+    """Makes arguments of nodes from numbers: integers stay, symbolic ones become nodes that compute them from the inputs."""
+    from torch.fx.experimental.proxy_tensor import py_sym_types
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
+
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    place = placeholders[-1].next if placeholders else next(iter(graph.nodes))
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    known: dict[Any, Any] = {}
+
+    def record(node: fx.Node, value: Any) -> None:
+        node.meta["val"] = value
+        known.setdefault(value.node.expr, fx.Proxy(node, tracer))
+
+    for node in placeholders:
+        if isinstance(node.meta.get("val"), py_sym_types):
+            known.setdefault(node.meta["val"].node.expr, fx.Proxy(node, tracer))
+    for node in placeholders:
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.expr not in known:
+                with graph.inserting_before(place):
+                    record(graph.call_function(torch.ops.aten.sym_size.int, (node, dim)), size)
+
+    def as_argument(number: Any) -> Any:
+        if not isinstance(number, torch.SymInt) or number.node.expr.is_number:
+            return int(number)
+        if number.node.expr not in known:
+            before = place.prev
+            with graph.inserting_before(place):
+                made = sympy_interp(OptimizedPythonReferenceAnalysis, known, number.node.expr)
+            node = before.next
+            while node is not place:
+                node.meta["val"] = node.target(*fx.map_arg(node.args, lambda arg: arg.meta["val"]))
+                node = node.next
+            known[number.node.expr] = made
+        return known[number.node.expr].node
+
+    return as_argument
 
 
 def run_aot_eager(

@@ -32,3 +32,19 @@ def below_autograd() -> AbstractContextManager[None]:
     """Dispatch past the autograd keys, as the kernel of an autograd.Function must."""
     guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
     return guard
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether another tensor shares the memory of ``tensor``, or could through one that it is a view of."""
+    handle = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(handle._cdata)) > 2  # the tensor's own, and the handle's
+
+
+def stream_id(device: torch.device) -> int:
+    """The stream in whose order this thread's work on a device is done; memory must not pass to another unasked."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph of a GPU's work is being captured, which owns the memory that is allocated meanwhile."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

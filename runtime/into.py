@@ -83,11 +83,11 @@ def _written(outputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 _FAMILIES = (
-    _Family("mix", f"{_READ}, float output_factor", "Tensor(a!) out", mix_results,
+    _Family("mix", f"{_READ}, float output_factor", "Tensor(a!) mixed_out", mix_results,
             lambda *arguments: [mix_composite(*arguments)], triton_kernels.mix),
     _Family("mix_phase1", _READ, "Tensor(a!)[] mixed_out, Tensor(b!)[] lse_out", phases.phase1_results,
             phases.phase1_composite, triton_kernels.mix_phase1),
-    _Family("mix_phase2", f"Tensor mixed, Tensor lse, {_READ}, float output_factor", "Tensor(a!) out",
+    _Family("mix_phase2", f"Tensor mixed, Tensor lse, {_READ}, float output_factor", "Tensor(a!) mixed_out",
             phases.phase2_results, lambda *arguments: [phases.phase2_composite(*arguments)], triton_kernels.mix_phase2),
     _Family("mix_norm", mix_norm.ARGUMENTS, "Tensor(a!) normed_out, Tensor(b!)? partial_out", mix_norm.mix_norm_results,
             mix_norm.mix_norm_composite, triton_kernels.mix_norm),

@@ -37,7 +37,7 @@ class Call:
             return {"mixed_out": tensors[:count], "lse_out": tensors[count:]}
         if self.base == "mix_norm":
             return {"normed_out": tensors[0], "partial_out": tensors[1] if len(tensors) > 1 else None}
-        return {"out": tensors[0]}
+        return {"mixed_out": tensors[0]}
 
 
 def make(base: str, count: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, queries: int = 1,

@@ -63,13 +63,13 @@ def _warn_once(reason: str) -> None:
 
 
 def mix(
-    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, out: Tensor | None = None
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, mixed_out: Tensor | None = None
 ) -> Tensor:
     """``attnres::mix`` by the Triton kernels. Raises KernelError where they cannot run, and what the mix raises.
 
     Here and below, results are written to the tensors given for them, checked and contiguous; else to new ones.
     """
-    return _launcher(query).mix(sources, query, key_gain, *options, out=out)
+    return _launcher(query).mix(sources, query, key_gain, *options, mixed_out=mixed_out)
 
 
 def mix_backward(
@@ -97,10 +97,10 @@ def mix_phase1_backward(
 
 def mix_phase2(
     mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any,
-    out: Tensor | None = None,
+    mixed_out: Tensor | None = None,
 ) -> Tensor:
     """``attnres::mix_phase2``, likewise."""
-    made: Tensor = _phases(query).mix_phase2(mixed, lse, sources, query, key_gain, *options, out=out)
+    made: Tensor = _phases(query).mix_phase2(mixed, lse, sources, query, key_gain, *options, mixed_out=mixed_out)
     return made
 
 

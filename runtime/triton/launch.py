@@ -26,14 +26,14 @@ Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gr
 
 
 def mix(
-    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, out: Tensor | None = None
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, mixed_out: Tensor | None = None
 ) -> Tensor:
     """The mix by the forward kernel: arguments, result and errors of ``attnres::mix``.
 
-    It is written to ``out``, if that is given: contiguous, of the shape and dtype of the result, checked by the caller.
+    Written to ``mixed_out``, if that is given: contiguous, of the result's shape and dtype, which the caller has checked.
     """
     reference.check_arguments(sources, query, key_gain, options[0])
-    output = out
+    output = mixed_out
     if output is None:
         output = torch.empty(reference.output_shape(sources, query), dtype=reference.result_dtype(sources),
                              device=query.device)

@@ -56,13 +56,13 @@ def mix_phase1_backward(
 
 def mix_phase2(
     mixed: Tensor, lse: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float,
-    logit_scale: float, normalize_values: bool, output_factor: float, *, out: Tensor | None = None,
+    logit_scale: float, normalize_values: bool, output_factor: float, *, mixed_out: Tensor | None = None,
 ) -> Tensor:
     """The mix [..., d] of what phase 1 left of a query [d] and of further sources, in the promoted dtype of all rows.
 
-    Written to ``out``, contiguous, if that is given.
+    Written to ``mixed_out``, contiguous, if that is given.
     """
-    output = out
+    output = mixed_out
     if output is None:
         output = torch.empty(mixed.shape, dtype=reference.result_dtype([mixed, *sources]), device=mixed.device)
     if output.numel():

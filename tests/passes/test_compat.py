@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_a_joint_pass_sees_both_halves_and_others_run_after_it(downstream: str) 
         if downstream == "aot_eager":
             return _compat.run_aot_eager(gm, inputs, ours)
         patches = {"joint_custom_pre_pass": lambda graph: seen.append("theirs"), "force_disable_caches": True}
-        return _compat.run_inductor(gm, inputs, patches, ours, "identity")
+        return _compat.run_inductor(gm, inputs, patches, _compat.GraphPasses("identity", ours))
 
     class Sine(Small):
         def forward(self, x: Tensor) -> Tensor:
@@ -110,6 +111,68 @@ def test_a_joint_pass_sees_both_halves_and_others_run_after_it(downstream: str) 
     _, result = traced(module, x, backend=backend)
     result.sum().backward()
     assert seen == (["ours", "theirs"] if downstream == "inductor" else ["ours"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_last_passes_see_the_graph_of_a_call_or_the_forward_of_a_training_step(training: bool) -> None:
+    """Never the backward; in the forward, as many of the outputs as the model returns come first."""
+    seen: list[tuple[str, int, int]] = []
+
+    def record(kind: str, graph: fx.Graph, returned: int = -1) -> None:
+        seen.append((kind, returned, len(graph.output_node().args[0])))
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        passes = _compat.GraphPasses("identity", lambda graph: None, functools.partial(record, "call"),
+                                     functools.partial(record, "forward"))
+        return _compat.run_inductor(copy_graph_module(gm), inputs, {"force_disable_caches": True}, passes)
+
+    class Two(Small):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = super().forward(x).sin()
+            return y, y.exp()
+
+    module, x = Two(), torch.randn(2, 4)
+    with torch.set_grad_enabled(training):
+        result = torch.compile(module, backend=backend)(x)
+    if training:
+        (result[0].sum() + result[1].sum()).backward()
+    ((kind, returned, outputs),) = seen
+    assert (kind, returned) == (("forward", 2) if training else ("call", -1))
+    assert outputs > 2 if training else outputs == 2
+
+
+def test_numbers_become_nodes() -> None:
+    """Whatever sizes an expression is made of, its node gives its value at other sizes, too."""
+    made: list[tuple[Any, list[Any]]] = []
+
+    def compiler(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        number = _compat.numbers_as_nodes(gm.graph)
+        given = next(node.meta["val"] for node in gm.graph.nodes if getattr(node.meta.get("val"), "ndim", 0) == 2)
+        rows, width = given.shape
+        wished = [7, rows * 0 + 5, rows, rows * width, (rows * width + 15) // 16 * 16, torch.sym_max(rows, width) + 1]
+        nodes = [number(each) for each in wished]
+        assert nodes == [number(each) for each in wished] and not isinstance(nodes[1], fx.Node)
+        assert all(node.meta["val"].node.expr == each.node.expr for node, each in zip(nodes[2:], wished[2:], strict=True))
+        output = gm.graph.output_node()
+        output.args = ((*output.args[0], *nodes),)
+        gm.graph.lint()
+        gm.recompile()
+
+        def call(arguments: list[Any]) -> Any:
+            results = gm.forward(*arguments)
+            made.append((arguments, list(results[1:])))
+            return results[:1]
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    from functorch.compile import aot_module_simplified
+
+    function = torch.compile(lambda x: x.sin(), dynamic=True, backend=lambda gm, inputs: aot_module_simplified(
+        gm, inputs, fw_compiler=compiler, inference_compiler=compiler))
+    for rows, width in ((3, 4), (6, 5)):
+        function(torch.ones(rows, width))
+        assert made[-1][1] == [7, 5, rows, rows * width, -(-rows * width // 16) * 16, max(rows, width) + 1]
 
 
 def test_inductor_takes_patches() -> None:

@@ -188,7 +188,7 @@ def test_refuses_transforms(variant: str) -> None:
 
     def written(row: Tensor) -> Tensor:
         out = torch.zeros(4, 8)
-        Call("mix", [[row, sources[1]], *rest]).into(variant, {"out": out})
+        Call("mix", [[row, sources[1]], *rest]).into(variant, {"mixed_out": out})
         return out.sum()
 
     for transform in (torch.func.grad(written), torch.func.vmap(written)):

@@ -40,3 +40,17 @@ def test_below_autograd_records_nothing() -> None:
         made = leaf * 2
     assert not made.requires_grad
     assert (leaf * 2).requires_grad
+
+
+def test_sharers_of_memory_are_seen() -> None:
+    tensor = torch.ones(8)
+    assert not _compat.is_shared(tensor)
+    view = tensor[:2].view(torch.int32).as_strided((1, 1), (1, 1), 1)
+    assert _compat.is_shared(tensor) and _compat.is_shared(view)
+    del view
+    assert not _compat.is_shared(tensor)
+
+
+def test_the_cpu_has_one_stream_and_captures_nothing() -> None:
+    assert _compat.stream_id(torch.device("cpu")) == 0
+    assert not _compat.is_capturing(torch.device("cpu"))

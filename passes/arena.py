@@ -1,0 +1,225 @@
+"""Arena: give the rows of attention residuals places in planned memory, and let their makers write them there.
+
+Works on a graph after AOTAutograd, in place. Matches: mixes, their phases, mixes with their norms, and loops over elements
+that make a source of one, where :mod:`attnres_fx.passes.rows` says that the rows may lie anywhere. Replaces with: one piece
+of memory a dtype (of one call without a backward, the arena that a pool lends; of a training step, memory that autograd
+frees with what it keeps), views of it at the planned offsets, and the operators that write into them. Nothing is copied:
+readers read the views. Inductor keeps the order of what writes and what reads the same memory, so the plan holds in whatever
+order it runs the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnres_fx.passes._compat import fake_mode_of, hinted, numbers_as_nodes
+from attnres_fx.passes.check_layout import check_layout
+from attnres_fx.passes.graph import value_of
+from attnres_fx.passes.layout import ALIGNMENT, Layout, plan_layout
+from attnres_fx.passes.lifetimes import Buffer
+from attnres_fx.passes.rows import Row, rows_for_backward, rows_of_call
+from attnres_fx.runtime.arena import ARENA
+from attnres_fx.runtime.into import INTO
+
+log = logging.getLogger(__name__)
+
+Number = Any  # int or torch.SymInt
+Numbers = Callable[[Number], Any]  # a number as an argument of a node: itself, or the node that computes it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row begins in the memory of its dtype, in elements."""
+
+    row: Row
+    offset: Number
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The rows of one dtype and device, where each begins, and how many elements they need together."""
+
+    places: tuple[Place, ...]
+    numel: Number
+
+
+def place_rows_of_call(graph: fx.Graph) -> None:
+    """Change the graph of a call without a backward: rows share the bytes of one arena, which a pool may lend for it."""
+    _place(graph, rows_of_call(graph), leased=True)
+
+
+def place_rows_for_backward(graph: fx.Graph, returned: int) -> None:
+    """Change the forward graph of a training step: the blocks kept for its backward lie in one piece of memory.
+
+    ``returned``: how many of the graph's outputs come before those that are kept.
+    """
+    _place(graph, rows_for_backward(graph, returned), leased=False)
+
+
+def plan_arenas(rows: Sequence[Row]) -> list[Arena]:
+    """A place for each row: those of one dtype and device share memory, at offsets that suit any size the shapes can take.
+
+    Rows whose numbers of elements are known are planned together. Where a call decides the sizes, rows of one size share
+    slots of this size, and sizes whose rows live at different times share the memory below them.
+
+    Raises: LayoutError if two rows that live at the same time would share a byte.
+    """
+    kinds: dict[Any, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row.value.dtype, row.value.device), []).append(row)
+    return [_plan_arena(members) for members in kinds.values()]
+
+
+def _plan_arena(rows: Sequence[Row]) -> Arena:
+    unit = max(ALIGNMENT // rows[0].value.element_size(), 1)
+    if all(isinstance(row.value.numel(), int) for row in rows):
+        layout = _layout(rows, [row.value.numel() * row.value.element_size() for row in rows])
+        element = rows[0].value.element_size()
+        return Arena(tuple(Place(row, place.offset // element) for row, place in zip(rows, layout.placements, strict=True)),
+                     layout.arena // element)
+    sizes: dict[str, list[Row]] = {}
+    for row in rows:
+        sizes.setdefault(str(row.value.numel()), []).append(row)
+    bottom: Number = 0
+    places = []
+    for floor in _floors(list(sizes.values())):
+        height: Number = 0
+        for members in floor:
+            slot = (members[0].value.numel() + unit - 1) // unit * unit
+            layout = _layout(members, [ALIGNMENT] * len(members))
+            places += [Place(row, bottom + place.offset // ALIGNMENT * slot)
+                       for row, place in zip(members, layout.placements, strict=True)]
+            needed = layout.arena // ALIGNMENT * slot
+            height = needed if len(floor) == 1 else torch.sym_max(height, needed)
+        bottom = bottom + height
+    return Arena(tuple(places), bottom)
+
+
+def _floors(groups: Sequence[list[Row]]) -> list[list[list[Row]]]:
+    """The groups one above the other; on one floor those that live at different times."""
+    floors: list[list[list[Row]]] = []
+    for group in sorted(groups, key=lambda rows: -int(hinted(rows[0].value.numel()))):
+        first, last = min(row.first for row in group), max(row.last for row in group)
+        fitting = (floor for floor in floors if all(
+            last < min(row.first for row in other) or max(row.last for row in other) < first for other in floor))
+        floor = next(fitting, None)
+        if floor is None:
+            floors.append([group])
+        else:
+            floor.append(group)
+    return floors
+
+
+def _layout(rows: Sequence[Row], sizes: Sequence[int]) -> Layout:
+    """A checked layout of rows of so many bytes each."""
+    ends = {row.over: row.first - 1 for row in rows if row.over is not None}
+    names = {row.node: row.name for row in rows}
+    buffers = [
+        Buffer(row.name, "", "row", size, "", row.first, ends.get(row.node, row.last) if row.node else row.last,
+               names.get(row.over) if row.over else None) for row, size in zip(rows, sizes, strict=True)]
+    layout = plan_layout(buffers, 1)
+    check_layout(layout)
+    return layout
+
+
+def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
+    if not rows:
+        return
+    number = numbers_as_nodes(graph)
+    begin = min(row.maker for row in rows)
+    outputs: dict[fx.Node, dict[int | None, tuple[fx.Node, Place]]] = {}
+    for arena in plan_arenas(rows):
+        value = arena.places[0].row.value
+        log.info("placed %d rows of %s in %s elements of one arena", len(arena.places), value.dtype, arena.numel)
+        size = arena.numel
+        with graph.inserting_before(begin):
+            memory = _lease(graph, begin, size, value, number) if leased else _empty(graph, [size], value, number)
+        for place in arena.places:
+            outputs.setdefault(place.row.maker, {})[place.row.index] = memory, place
+    for maker, places in outputs.items():
+        with graph.inserting_before(maker):
+            views = {index: _view(graph, memory, place, number) for index, (memory, place) in places.items()}
+            if maker.target in INTO:
+                _write_into(graph, maker, views, number)
+        if maker.target not in INTO:
+            with graph.inserting_after(maker):
+                _move(graph, maker, views[None])
+
+
+def _lease(graph: fx.Graph, begin: fx.Node, numel: Number, like: torch.Tensor, number: Numbers) -> fx.Node:
+    """Memory of a call, on the device of the first row's inputs."""
+    source = next(node for node in begin.all_input_nodes if isinstance(value_of(node), torch.Tensor))
+    node = graph.call_function(ARENA, (source, number(numel), like.dtype))
+    return _valued(node, like, lambda: like.new_empty(numel))
+
+
+def _empty(graph: fx.Graph, shape: Sequence[Number], like: torch.Tensor, number: Numbers) -> fx.Node:
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+    node = graph.call_function(torch.ops.aten.empty.memory_format, ([number(size) for size in shape],), options)
+    return _valued(node, like, lambda: like.new_empty(shape))
+
+
+def _view(graph: fx.Graph, memory: fx.Node, place: Place, number: Numbers) -> fx.Node:
+    value = place.row.value
+    shape, strides = list(value.shape), list(value.stride())
+    sizes = ([number(size) for size in shape], [number(stride) for stride in strides], number(place.offset))
+    node = graph.call_function(torch.ops.aten.as_strided.default, (memory, *sizes))
+    return _valued(node, value, lambda: torch.as_strided(value_of(memory), shape, strides, place.offset))
+
+
+def _valued(node: fx.Node, like: torch.Tensor, compute: Callable[[], torch.Tensor]) -> fx.Node:
+    mode = fake_mode_of([like])
+    with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
+        node.meta["val"] = compute()
+    return node
+
+
+def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node], number: Numbers) -> None:
+    """Let an operator that writes into ``views`` take the place of ``maker``; other results get memory of their own."""
+    value = value_of(maker)
+    if isinstance(value, torch.Tensor):
+        results = [views[None]]
+    else:
+        results = [views[index] if index in views else _empty(graph, each.shape, each, number)
+                   for index, each in enumerate(value)]
+    operator: Any = maker.target
+    given = operator._schema.arguments[len(maker.args):]
+    defaults = {argument.name: argument.default_value for argument in given if argument.has_default_value()}
+    written = _outputs(INTO[operator], results)
+    call = graph.call_function(INTO[operator], maker.args, {**defaults, **maker.kwargs, **written})
+    call.meta = {**maker.meta, "val": None}
+    if "eager_input_vals" in maker.meta:  # the strides that Inductor must keep
+        args, kwargs = maker.meta["eager_input_vals"]
+        call.meta["eager_input_vals"] = args, {**defaults, **kwargs, **fx.map_arg(written, value_of)}
+    if isinstance(value, torch.Tensor):
+        maker.replace_all_uses_with(results[0])
+    else:
+        for user in list(maker.users):
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
+            graph.erase_node(user)
+    graph.erase_node(maker)
+
+
+def _outputs(operator: Any, results: Sequence[fx.Node]) -> dict[str, Any]:
+    """The results as the arguments that ``operator`` writes: one each, or where it takes lists, evenly divided."""
+    given = [argument for argument in operator._schema.arguments if argument.kwarg_only]
+    if isinstance(given[0].type, torch.ListType):
+        count = len(results) // len(given)
+        return {argument.name: list(results[index * count:(index + 1) * count]) for index, argument in enumerate(given)}
+    return {argument.name: result for argument, result in itertools.zip_longest(given, results)}
+
+
+def _move(graph: fx.Graph, maker: fx.Node, view: fx.Node) -> None:
+    """Let the loop that makes a row store it into ``view``: Inductor writes there at once what nobody else reads."""
+    copied = graph.call_function(torch.ops.aten.copy_.default, (view, maker))
+    copied.meta = {**maker.meta, "val": value_of(view)}
+    maker.replace_all_uses_with(view, delete_user_cb=lambda user: user is not copied)

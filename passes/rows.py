@@ -1,0 +1,173 @@
+"""Rows: what the operators of attention residuals write in a graph after AOTAutograd, how long, and where it may lie.
+
+Analysis. Here every view is known by its operator's schema, the kernels are selected, and nothing is changed in place, so
+that a row is in use from the node that makes it to the last node that reads it or a view of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnres_fx.passes.graph import same_size, value_of
+from attnres_fx.passes.vocabulary import argument
+from attnres_fx.runtime.into import INTO
+from attnres_fx.runtime.operators import VARIANTS, operator_of
+
+_MIX_NORMS = frozenset(operator_of("mix_norm", variant) for variant in VARIANTS)
+_PHASES = frozenset(operator_of("mix_phase2", variant) for variant in VARIANTS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor that ``maker`` writes, as one of several results with the number ``index``, or as its own (None).
+
+    ``node`` is the tensor in the graph; None for a result that nobody takes. ``first`` and ``last`` number nodes.
+    ``over`` is the node of the row whose last use is the addition that makes this one, and whose memory may become its own.
+    """
+
+    maker: fx.Node
+    index: int | None
+    node: fx.Node | None
+    value: torch.Tensor
+    first: int
+    last: int
+    over: fx.Node | None = None
+
+    @property
+    def name(self) -> str:
+        return self.node.name if self.node is not None else f"{self.maker.name}[{self.index}]"
+
+
+def rows_of_call(graph: fx.Graph) -> list[Row]:
+    """The rows of a graph without a backward that nobody sees after the call, in the order in which they are made."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found = _rows(graph, order, returns=False)
+    own = {row.node for row in found}
+    return [_over(row, own, order) for row in found]
+
+
+def rows_for_backward(graph: fx.Graph, returned: int) -> list[Row]:
+    """The rows of blocks that the forward of a training step keeps for its backward, and gives to nobody else.
+
+    ``returned``: how many of the graph's outputs come before those that are kept. Partial sums are left out: the backward
+    is done with them one after the other, and with the blocks only at its end.
+    """
+    outputs: Any = graph.output_node().args[0]
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    seen = {source for output in outputs[:returned] if isinstance(output, fx.Node) for source in _viewed_through(output)}
+    kept = {output for output in outputs[returned:] if isinstance(output, fx.Node)}
+    found = _rows(graph, order, returns=True)
+    partial = {_earlier(row.maker) for row in found}
+    read = _read_by_mixes(graph)
+    return [row for row in found if row.node in kept and row.node not in seen | partial
+            and (row.node in read or (row.index == 1 and row.maker.target in _MIX_NORMS))]
+
+
+def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> list[Row]:
+    """The rows that a graph makes; with ``returns`` also those that it returns."""
+    read = _read_by_mixes(graph)
+    rows = []
+    for node in graph.nodes:
+        for index, tensor, value in _made_by(node, read):
+            readers = _readers(tensor) if tensor is not None else set()
+            if _is_dense(value) and (returns or all(reader.op != "output" for reader in readers)):
+                last = max((order[reader] for reader in readers), default=order[node])
+                rows.append(Row(node, index, tensor, value, order[node], last))
+    return rows
+
+
+def _made_by(node: fx.Node, read: set[fx.Node]) -> list[tuple[int | None, fx.Node | None, torch.Tensor]]:
+    """(number among the results or None, the tensor in the graph, its value) of each row that ``node`` makes."""
+    value = value_of(node)
+    if node.target in INTO:
+        if isinstance(value, torch.Tensor):
+            return [(None, node, value)]
+        taken = {user.args[1]: user for user in node.users}
+        return [(index, taken.get(index), each) for index, each in enumerate(value)]
+    # What one loop over elements makes can be written anywhere. A matrix product allocates its own result.
+    loop = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is torch.ops.aten.embedding.default
+    return [(None, node, value)] if loop and node in read and isinstance(value, torch.Tensor) else []
+
+
+def _over(row: Row, own: set[fx.Node | None], order: dict[fx.Node, int]) -> Row:
+    """The row, over the partial sum that its addition is the last to read."""
+    earlier = _earlier(row.maker) if row.index in (None, 1) else None
+    if earlier is None or earlier not in own:
+        return row
+    like = value_of(earlier)
+    alike = like.dtype == row.value.dtype and same_size(like.shape, row.value.shape)
+    ends = max(order[reader] for reader in _readers(earlier)) == row.first
+    once = sum(_memory(node) is earlier for node in _given(row.maker)) == 1
+    return replace(row, over=earlier) if alike and ends and once else row
+
+
+def _earlier(node: fx.Node) -> fx.Node | None:
+    """The partial sum that ``node`` adds to."""
+    if node.target in _MIX_NORMS:
+        return _memory(_sources(node)[-1]) if argument(node, 3, "delta") is not None else None
+    left = node.args[0] if node.target is torch.ops.aten.add.Tensor else None
+    return _memory(left) if isinstance(left, fx.Node) else None
+
+
+def _given(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments of ``node``, each as often as it stands there."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    return list(argument(node, 2 if node.target in _PHASES else 0, "sources"))
+
+
+def _read_by_mixes(graph: fx.Graph) -> set[fx.Node]:
+    """The sources of all mixes, by the nodes that own their memory."""
+    return {_memory(source) for node in graph.nodes if node.target in INTO for source in _sources(node)}
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps, and has any."""
+    strides: list[Any] = [1]
+    for size in reversed(value.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return same_size(value.stride(), strides) and not any(isinstance(size, int) and size == 0 for size in value.shape)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether ``node`` gives its first argument's memory under another shape, whole or in part, by its operator's schema."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return is_view(node.args[0])
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    aliases = [given.alias_info for given in node.target._schema.returns if given.alias_info is not None]
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
+def _viewed_through(node: fx.Node) -> list[fx.Node]:
+    """``node`` and all that it is a view of, the nearest first."""
+    found = [node]
+    while is_view(found[-1]):
+        found.append(found[-1].args[0])  # type: ignore[arg-type]
+    return found
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    return _viewed_through(node)[-1]
+
+
+def _readers(tensor: fx.Node) -> set[fx.Node]:
+    """The nodes that read the memory of ``tensor``, itself or through views."""
+    found: set[fx.Node] = set()
+    pending = [tensor]
+    while pending:
+        for user in pending.pop().users:
+            if is_view(user):
+                pending.append(user)
+            else:
+                found.add(user)
+    return found

@@ -1,0 +1,485 @@
+"""Rows in planned memory, through ``torch.compile``: where they lie, who may see them, who frees them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import attnres_fx
+from attnres_fx import backend as backend_module
+from attnres_fx.passes import arena as arena_pass
+from attnres_fx.passes.arena import Arena, plan_arenas
+from attnres_fx.passes.layout import Layout
+from attnres_fx.runtime.arena import ArenaPool
+from attnres_fx.runtime.errors import LayoutError
+from attnres_fx.runtime.mix_norm import MIX_NORM_REFERENCE
+
+WIDTH = 32
+LAYERS = 9
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Tower(nn.Module):
+    """Nine layers; ``hidden`` returns the stream before each, too."""
+
+    def __init__(self, hidden: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 10)
+        self.hidden = hidden
+
+    def forward(self, ids: Tensor) -> Any:
+        x, seen = self.embedding(ids), []
+        for layer in self.layers:
+            seen.append(x)
+            x = x + layer(x)
+        result = self.head(self.norm(x))
+        return (result, seen) if self.hidden else result
+
+
+def tower(hidden: bool = False, num_blocks: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    model = attnres_fx.convert(Tower(hidden), ids(5), num_blocks=num_blocks)
+    with torch.no_grad():
+        for parameter in model.attnres.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return model
+
+
+def ids(length: int, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed + length))
+
+
+def fast(model: nn.Module, **options: Any) -> Any:
+    inductor = {"force_disable_caches": True, **options.pop("inductor", {})}  # the passes are to run in every test
+    return torch.compile(model, backend="attnres", options={**options, "inductor": inductor})
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Arena]:
+    """The arenas of every graph that is compiled."""
+    found: list[Arena] = []
+
+    def record(rows: Any) -> list[Arena]:
+        arenas = plan_arenas(rows)
+        found.extend(arenas)
+        return arenas
+
+    monkeypatch.setattr(arena_pass, "plan_arenas", record)
+    return found
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[ArenaPool]]:
+    """The pools of all compiled graphs."""
+    found: list[weakref.ref[ArenaPool]] = []
+
+    def make() -> ArenaPool:
+        pool = ArenaPool()
+        found.append(weakref.ref(pool))
+        return pool
+
+    monkeypatch.setattr(backend_module, "ArenaPool", make)
+    return found
+
+
+@pytest.fixture
+def written() -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Addresses of the sources and of the results, of every fused mix that runs."""
+    found: list[tuple[list[int], list[int]]] = []
+
+    def into(*arguments: Any, normed_out: Tensor, partial_out: Tensor | None) -> None:
+        results = MIX_NORM_REFERENCE(*arguments)
+        outputs = [normed_out] if partial_out is None else [normed_out, partial_out]
+        found.append(([source.data_ptr() for source in arguments[0]], [output.data_ptr() for output in outputs]))
+        for output, result in zip(outputs, results, strict=True):
+            output.copy_(result)
+
+    library = torch.library.Library("attnres", "IMPL")
+    library.impl("mix_norm_into", into, "CPU", allow_override=True)
+    yield found
+    library._destroy()
+
+
+def held(pool: weakref.ref[ArenaPool]) -> int:
+    """Bytes of the arenas that a pool keeps; none if it is gone."""
+    found = pool()
+    return 0 if found is None else found.bytes()
+
+
+def close(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ where rows lie
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])
+def test_no_row_is_allocated_or_copied(schedule: str, planned: list[Arena]) -> None:
+    """By Inductor's code: all that mixes write goes into the arena, and no kernel moves a row."""
+    model = tower()
+    with torch.no_grad():
+        expected, (result, (code,)) = model(ids(7)), run_and_get_code(fast(model, schedule=schedule), ids(7))
+    close(result, expected)
+    calls = re.findall(r"torch\.ops\.attnres\.(\w+)\.default\((.*)", code)
+    assert {name for name, _ in calls} <= {"arena", "mix_norm_into", "mix_phase1_into", "mix_phase2_into"}
+    assert len([name for name, _ in calls if name == "arena"]) == len(planned) == 1
+    arenas = set(re.findall(r"(buf\d+) = torch\.ops\.attnres\.arena", code))
+    arenas |= {new for new, old in re.findall(r"(buf\d+) = (buf\d+)$", code, re.MULTILINE) if old in arenas}
+    for name, arguments in calls:
+        for output in re.findall(r"_out=(\[.*?\]|reinterpret_tensor\(\w+|\w+)", arguments) if name != "arena" else []:
+            assert output == "None" or set(re.findall(r"buf\d+", output)) <= arenas, arguments
+    kernels = re.findall(r"cpp_fused_(\w+?)_\d+\(", code)
+    assert kernels and not [name for name in kernels if re.search("copy|clone|cat|scatter|mix", name)]
+    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\),", code)
+    sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
+    assert sizes and max(sizes) < 2 * (2 * 7 * WIDTH)  # nothing holds two rows
+
+
+def test_a_row_is_read_where_it_was_written(planned: list[Arena], written: list[tuple[list[int], list[int]]]) -> None:
+    """By addresses, so that a copy inside of an operator would be seen: every block is read in its slot, by all mixes."""
+    model = tower()
+    compiled = fast(model)
+    with torch.no_grad():
+        expected = model(ids(7))
+        written.clear()
+        close(compiled(ids(7)), expected)
+    (arena,) = planned
+    base = written[0][0][0] - 4 * arena.places[0].offset  # the embedding is the first row
+    slots = {base + 4 * place.offset for place in arena.places}
+    assert len(written) == LAYERS
+    assert all(output in slots for _, outputs in written for output in outputs)
+    # The last mix reads the embedding and three blocks, of which the last is completed over its partial sum.
+    last, (_, completed) = written[-1]
+    closing = [outputs[1] for position, (_, outputs) in enumerate(written, start=1) if position in (3, 6)]
+    assert last == [base + 4 * arena.places[0].offset, *closing, completed]
+    # A partial sum goes on where it stood.
+    assert all(outputs[1] == sources[-1] for sources, outputs in written if len(outputs) == 2 and sources[-1] in slots)
+
+
+def test_addresses_stay_and_short_calls_use_the_arena_of_long_ones(
+    written: list[tuple[list[int], list[int]]], pools: list[weakref.ref[ArenaPool]]
+) -> None:
+    model = tower()
+    compiled = fast(model)
+    with torch.no_grad():
+        for length in (6, 11, 11, 8, 11):  # the second and later ones run one graph for all lengths
+            written.clear()
+            close(compiled(ids(length)), model(ids(length)))
+            mine = written[:LAYERS]
+            if length == 11:
+                first = locals().setdefault("seen", mine)
+                assert [outputs for _, outputs in mine] == [outputs for _, outputs in first]
+    assert held(pools[0]) * 11 == held(pools[1]) * 6
+
+
+def shifted(layout: Layout, moved: int, by: int) -> Layout:
+    places = [replace(place, offset=place.offset + by) if index >= moved else place
+              for index, place in enumerate(layout.placements)]
+    return replace(layout, placements=tuple(places), arena=layout.arena + by)
+
+
+def test_a_row_moves_with_its_offset(monkeypatch: pytest.MonkeyPatch, written: list[tuple[list[int], list[int]]]) -> None:
+    model = tower()
+    plan = arena_pass.plan_layout
+    with torch.no_grad():
+        expected = model(ids(7))
+        offsets = []
+        for by in (0, 4096):
+            torch._dynamo.reset()
+            monkeypatch.setattr(arena_pass, "plan_layout", lambda *given, by=by: shifted(plan(*given), 1, by))
+            written.clear()
+            close(fast(model)(ids(7)), expected)
+            embedding = written[0][0][0]
+            offsets.append([output - embedding for _, outputs in written for output in outputs])
+    assert [later - earlier for earlier, later in zip(*offsets, strict=True)] == [4096] * len(offsets[0])
+
+
+def overlapping(layout: Layout) -> Layout:
+    """The second row, a mix, where the embedding is."""
+    first, second, *rest = layout.placements
+    return replace(layout, placements=(first, replace(second, offset=first.offset), *rest))
+
+
+def test_an_overlap_is_caught_and_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tower()
+    plan = arena_pass.plan_layout
+    monkeypatch.setattr(arena_pass, "plan_layout", lambda *given: overlapping(plan(*given)))
+    with torch.no_grad():
+        expected = model(ids(7))
+        with pytest.raises(Exception, match="share bytes while both are in use") as caught:
+            fast(model)(ids(7))
+        assert isinstance(caught.value.__cause__ or caught.value, Exception) and LayoutError.__name__ in str(caught.value)
+        monkeypatch.setattr(arena_pass, "check_layout", lambda layout: None)
+        torch._dynamo.reset()
+        assert (fast(model)(ids(7)) - expected).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------ who may see them
+
+
+def test_what_is_returned_lies_elsewhere(pools: list[weakref.ref[ArenaPool]]) -> None:
+    """Hidden states are the mixes: they stay as they are when the next call writes its own."""
+    model = tower(hidden=True)
+    compiled = fast(model)
+    with torch.no_grad():
+        first = compiled(ids(7))
+        expected = model(ids(7))
+        compiled(ids(7, seed=1))
+        close(first, expected)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in [first[0], *first[1]]}) == LAYERS + 1
+    assert held(pools[0]) <= 4 * 2 * 7 * WIDTH * 4
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes(around: Callable[[], Any]) -> None:
+    model = tower()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    compiled = fast(model)
+    for length in (7, 4, 9):
+        with around():
+            torch.testing.assert_close(compiled(ids(length)), model(ids(length)), rtol=2e-2, atol=2e-2)
+    close(compiled(ids(7)), model(ids(7)))
+
+
+def test_threads_and_models() -> None:
+    towers = [tower(), tower(num_blocks=9)]
+    compiled = [fast(model) for model in towers]
+    with torch.no_grad():
+        expected = {(number, length): model(ids(length)) for number, model in enumerate(towers) for length in range(3, 9)}
+        for number, length in expected:
+            compiled[number](ids(length))
+    wrong: list[Any] = []
+
+    def work(seed: int) -> None:
+        with torch.no_grad():
+            for step in range(60):
+                number, length = (seed + step) % 2, 3 + (seed * 7 + step) % 6
+                if not torch.allclose(compiled[number](ids(length)), expected[number, length], rtol=1e-4, atol=1e-5):
+                    wrong.append((number, length))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_call_within_a_call(pools: list[weakref.ref[ArenaPool]]) -> None:
+    """A compiled model that runs itself in the middle, in an operator that Inductor does not look into."""
+    model = tower()
+
+    @torch.library.custom_op("attnres_tests::runs_again", mutates_args=())
+    def again(x: Tensor, depth: int) -> Tensor:
+        with torch.no_grad():
+            return x.clone() if depth == 0 else x + 0 * compiled(ids(7), depth - 1).sum()
+
+    again.register_fake(lambda x, depth: torch.empty_like(x))
+
+    class Within(Tower):
+        def forward(self, given: Tensor, depth: int) -> Tensor:  # type: ignore[override]
+            x = self.embedding(given)
+            for index, layer in enumerate(self.layers):
+                x = x + (again(layer(x), depth) if index == 4 else layer(x))
+            return self.head(self.norm(x))
+
+    torch.manual_seed(0)
+    model = attnres_fx.convert(Within(), (ids(7), 0), num_blocks=3)
+    compiled = fast(model)
+    with torch.no_grad():
+        expected = compiled(ids(7), 0)
+        torch.testing.assert_close(compiled(ids(7), 2), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(ids(7), 1), expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def gradients(run: Callable[[], Any], model: nn.Module) -> list[Tensor]:
+    model.zero_grad()
+    run()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def same(got: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(got) == len(expected) and max(map(models.relative, got, expected)) < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])
+def test_the_blocks_of_a_training_step_lie_together(schedule: str, planned: list[Arena]) -> None:
+    model = tower()
+    compiled = fast(model, schedule=schedule)
+
+    def two_forwards() -> None:  # before either backward, one of them twice
+        first, second = compiled(ids(7)), compiled(ids(7, seed=1))
+        second.square().sum().backward()
+        (first.sum() + first.square().sum()).backward()
+
+    def plainly() -> None:
+        model(ids(7, seed=1)).square().sum().backward()
+        result = model(ids(7))
+        (result.sum() + result.square().sum()).backward()
+
+    assert same(gradients(two_forwards, model), gradients(plainly, model))
+    (arena,) = planned
+    # The embedding and three blocks; nothing is over anything, as the backward reads all.
+    assert len(arena.places) == 4 and arena.numel == 4 * 2 * 7 * WIDTH
+    assert len({place.offset for place in arena.places}) == 4
+
+
+def test_blocks_are_freed_with_what_autograd_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tower()
+    compiled = fast(model)
+    compiled(ids(7)).sum().backward()
+    kept: list[weakref.ref[torch.UntypedStorage]] = []
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.untyped_storage().nbytes())
+        kept.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compiled(ids(7))
+    assert 4 * 4 * 2 * 7 * WIDTH in sizes
+    del result
+    gc.collect()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert [ref for ref in kept if (storage := ref()) is not None and storage.data_ptr() not in parameters] == []
+
+
+def test_what_a_training_step_returns_lies_elsewhere(planned: list[Arena]) -> None:
+    model = tower(hidden=True)
+    compiled = fast(model)
+    result, seen = compiled(ids(7))
+    expected, theirs = model(ids(7))
+    close([result, *seen], [expected, *theirs])
+    assert len({tensor.untyped_storage().data_ptr() for tensor in [result, *seen]}) == LAYERS + 1
+    rows = 2 * 7 * WIDTH * 4
+    assert all(tensor.untyped_storage().nbytes() == rows for tensor in seen)
+    assert same(gradients(lambda: result.sum().backward(), model), gradients(lambda: expected.sum().backward(), model))
+
+
+def test_checkpointed_layers(planned: list[Arena]) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Tower):
+        def forward(self, given: Tensor) -> Tensor:
+            x = self.embedding(given)
+            for layer in self.layers:
+                x = x + checkpoint(layer, x, use_reentrant=False)
+            return self.head(self.norm(x))
+
+    torch.manual_seed(0)
+    model = attnres_fx.convert(Checkpointed(), ids(7), num_blocks=3)
+    with torch.no_grad():
+        model.attnres.stream.query.normal_()
+    compiled = fast(model)
+    assert same(gradients(lambda: compiled(ids(7)).square().sum().backward(), model),
+                gradients(lambda: model(ids(7)).square().sum().backward(), model))
+    assert planned
+
+
+# ------------------------------------------------------------------------------------------------ who frees them
+
+
+def test_a_freed_model_frees_its_arena(pools: list[weakref.ref[ArenaPool]]) -> None:
+    model = tower()
+    compiled = fast(model)
+    with torch.no_grad():
+        compiled(ids(7))
+        compiled(ids(9))
+    assert [held(pool) > 0 for pool in pools] == [True, True]
+    del model, compiled
+    gc.collect()
+    assert [held(pool) for pool in pools] == [0, 0]
+
+
+def test_a_failed_allocation_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tower()
+    compiled = fast(model)
+    lease = ArenaPool.lease
+    failing = [False]
+
+    def sometimes(self: ArenaPool, *given: Any) -> Tensor:
+        if failing[0]:
+            raise torch.OutOfMemoryError("no memory for the arena")
+        return lease(self, *given)
+
+    monkeypatch.setattr(ArenaPool, "lease", sometimes)
+    with torch.no_grad():
+        expected = compiled(ids(7))
+        failing[0] = True
+        with pytest.raises(torch.OutOfMemoryError, match="no memory for the arena"):
+            compiled(ids(7))
+        failing[0] = False
+        torch.testing.assert_close(compiled(ids(7)), expected, rtol=0, atol=0)
+
+
+def test_an_error_in_the_middle_gives_the_arena_back(pools: list[weakref.ref[ArenaPool]]) -> None:
+    model = tower()
+    fails = [False]
+
+    def into(*arguments: Any, normed_out: Tensor, partial_out: Tensor | None) -> None:
+        if fails[0]:
+            raise torch.OutOfMemoryError("in the middle")
+        for output, result in zip((normed_out, partial_out), MIX_NORM_REFERENCE(*arguments)):
+            if output is not None:
+                output.copy_(result)
+
+    library = torch.library.Library("attnres", "IMPL")
+    library.impl("mix_norm_into", into, "CPU", allow_override=True)
+    try:
+        compiled = fast(model)
+        with torch.no_grad():
+            expected = compiled(ids(7))
+            fails[0] = True
+            for _ in range(6):
+                with pytest.raises(torch.OutOfMemoryError, match="in the middle"):
+                    compiled(ids(7))
+            fails[0] = False
+            torch.testing.assert_close(compiled(ids(7)), expected, rtol=0, atol=0)
+        pool = pools[0]()
+        assert pool is not None and len([arena for arenas in pool._arenas.values() for arena in arenas]) == 1
+    finally:
+        library._destroy()
+
+
+def test_never_means_never(planned: list[Arena]) -> None:
+    model = tower()
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(fast(model, arena="never"), ids(7))
+        close(result, model(ids(7)))
+    assert not planned and "attnres.mix_norm.default" in code
+    with pytest.raises(Exception, match="give one of auto, never"):
+        fast(model, arena="sometimes")(ids(7))
