@@ -102,7 +102,7 @@ def _lending(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..
     pool = ArenaPool()
     parameter = next((value for value in inputs if isinstance(value, torch.nn.Parameter)), None)
     if parameter is not None:
-        weakref.finalize(parameter, pool.clear)
+        weakref.finalize(parameter, _clear, weakref.ref(pool))
 
     @functools.wraps(compiled)
     def call(*args: Any) -> Any:
@@ -110,6 +110,12 @@ def _lending(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..
             return compiled(*args)
 
     return call
+
+
+def _clear(pool: weakref.ref[ArenaPool]) -> None:
+    found = pool()
+    if found is not None:
+        found.clear()
 
 
 def _captures(options: Options) -> bool:

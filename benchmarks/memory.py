@@ -1,13 +1,15 @@
-"""What models hold, by the allocator's own events: plain, converted, the paper's pseudocode, all compiled.
+"""What models hold, by the allocator's own events, beside what is planned: plain, converted, the paper's pseudocode.
 
 The model of ``model.py``, small. Everything is counted in rows, of tokens x d elements of the stream, and relative to the
-plain network: the peak of an inference; in training, what is kept between forward and backward, and the peak of a step.
+plain network: the peak of an inference, the arena included that a pool keeps from call to call, and this arena, which is the
+plan's size; in training, what is kept between forward and backward, and the peak of a step. All models are compiled.
 Times play no part, so that one call of each is enough.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from attnres_fx.runtime.arena import ArenaPool
 
 sys.path.insert(0, str(Path(__file__).parent))
 import model as whole_models
@@ -36,12 +40,13 @@ class Held:
 
 @dataclass
 class Result:
-    """One variant, in rows; the last three columns are what it holds beyond ``plain``."""
+    """One variant, in rows; ``arena`` is the part of ``inference_peak`` that is planned."""
 
     layers: int
     blocks: int
     variant: str
     inference_peak: float
+    arena: float
     kept_for_backward: float
     step_peak: float
 
@@ -58,9 +63,10 @@ def held(call: Callable[[], Any]) -> tuple[Any, Held]:
     return result, Held(total, peak)
 
 
-def measure(variant: str, network: nn.Module, ids: Tensor, row: int) -> tuple[float, float, float]:
-    """Rows at the peak of an inference, kept for the backward, and at the peak of a training step."""
+def measure(variant: str, network: nn.Module, ids: Tensor, row: int) -> tuple[float, float, float, float]:
+    """Rows at the peak of an inference, in the arena, kept for the backward, and at the peak of a training step."""
     torch._dynamo.reset()
+    gc.collect()
     ours: Any = {"backend": "attnres", "options": whole_models.OPTIONS[variant]} if variant in whole_models.OPTIONS else {}
     compiled = torch.compile(network, **ours)
 
@@ -73,6 +79,7 @@ def measure(variant: str, network: nn.Module, ids: Tensor, row: int) -> tuple[fl
 
     infer()
     inference = held(infer)[1]
+    arena = sum(pool.bytes() for pool in gc.get_objects() if type(pool) is ArenaPool)
     forward().backward()  # the gradients of the parameters stand from here on
     loss, kept = held(forward)
     del loss
@@ -81,7 +88,7 @@ def measure(variant: str, network: nn.Module, ids: Tensor, row: int) -> tuple[fl
         forward().backward()
 
     peak = held(step)[1]
-    return inference.peak / row, kept.kept / row, peak.peak / row
+    return (inference.peak + arena) / row, arena / row, kept.kept / row, peak.peak / row
 
 
 def compare(layers: int, blocks: int, width: int, tokens: int, variants: Sequence[str]) -> list[Result]:
@@ -95,7 +102,7 @@ def compare(layers: int, blocks: int, width: int, tokens: int, variants: Sequenc
 
 def table_of(results: Sequence[Result]) -> Table:
     """In rows, and beyond plain in brackets."""
-    table = Table("layers", "blocks", "variant", "inference peak", "kept for backward", "step peak")
+    table = Table("layers", "blocks", "variant", "inference peak", "of it the arena", "kept for backward", "step peak")
     plain: Result | None = None
     for result in results:
         if result.variant == "plain":
@@ -104,7 +111,7 @@ def table_of(results: Sequence[Result]) -> Table:
         columns = [(result.inference_peak, plain.inference_peak), (result.kept_for_backward, plain.kept_for_backward),
                    (result.step_peak, plain.step_peak)]
         shown = [f"{own:.1f}" if result is plain else f"{own:.1f} ({own - base:+.1f})" for own, base in columns]
-        table.add_row(str(result.layers), str(result.blocks), result.variant, *shown)
+        table.add_row(str(result.layers), str(result.blocks), result.variant, shown[0], f"{result.arena:.1f}", *shown[1:])
     return table
 
 

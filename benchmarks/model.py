@@ -157,7 +157,8 @@ QUICK = [Case("quick-inference", 64, 1, 16, layers=2), Case("quick-training", 64
 
 
 # The variants of a converted model: the options of the backend.
-OPTIONS: dict[str, dict[str, Any]] = {"attnres": {}, "unfused": {"fuse": "never"}, "two-phase": {"schedule": "two-phase"}}
+OPTIONS: dict[str, dict[str, Any]] = {"attnres": {}, "unplaced": {"arena": "never"}, "unfused": {"fuse": "never"},
+                                       "two-phase": {"schedule": "two-phase"}}
 VARIANTS = ("plain", "control", *OPTIONS, "pseudocode")
 DEFAULT = ("plain", "control", "attnres", "pseudocode")
 

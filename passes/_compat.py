@@ -103,7 +103,9 @@ def run_inductor(
             elif not is_inference and forward is not None and not _is_backward_graph(graph):
                 metadata = torch._guards.TracingContext.get().fw_metadata
                 assert metadata is not None
-                forward(graph, metadata.num_forward)
+                visible = graph.output_node().meta.get("user_visible_output_idxs", ())
+                if all(index < metadata.num_forward for index in visible):  # else it is the body of another operator
+                    forward(graph, metadata.num_forward)
 
         def uuid(self) -> str:
             return identity
@@ -118,6 +120,22 @@ def run_inductor(
 def _is_backward_graph(graph: fx.Graph) -> bool:
     """Whether AOTAutograd made a graph of the backward: only there are there gradients among the inputs."""
     return any(node.op == "placeholder" and str(node.target).startswith("tangents_") for node in graph.nodes)
+
+
+def input_symbols(graph: fx.Graph) -> set[Any]:
+    """The symbols of sizes that the inputs of a graph give, as numbers or as sizes of tensors."""
+    found = set()
+    for node in graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found.add(size.node.expr)
+    return found
+
+
+def symbols_of(number: Any) -> set[Any]:
+    """The symbols in a number; none in an integer."""
+    return set(number.node.expr.free_symbols) if isinstance(number, torch.SymInt) else set()
 
 
 def numbers_as_nodes(graph: fx.Graph) -> Callable[[Any], Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnres_fx.passes._compat import input_symbols, symbols_of
 from attnres_fx.passes.graph import same_size, value_of
 from attnres_fx.passes.vocabulary import argument
 from attnres_fx.runtime.into import INTO
@@ -69,13 +70,14 @@ def rows_for_backward(graph: fx.Graph, returned: int) -> list[Row]:
 
 
 def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> list[Row]:
-    """The rows that a graph makes; with ``returns`` also those that it returns."""
-    read = _read_by_mixes(graph)
+    """The rows that a graph makes, of sizes that its inputs tell; with ``returns`` also those that it returns."""
+    read, known = _read_by_mixes(graph), input_symbols(graph)
     rows = []
     for node in graph.nodes:
         for index, tensor, value in _made_by(node, read):
             readers = _readers(tensor) if tensor is not None else set()
-            if _is_dense(value) and (returns or all(reader.op != "output" for reader in readers)):
+            sized = all(symbols_of(size) <= known for size in value.shape)
+            if sized and _is_dense(value) and (returns or all(reader.op != "output" for reader in readers)):
                 last = max((order[reader] for reader in readers), default=order[node])
                 rows.append(Row(node, index, tensor, value, order[node], last))
     return rows

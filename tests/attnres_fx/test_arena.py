@@ -9,6 +9,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import models
@@ -49,8 +51,8 @@ class Tower(nn.Module):
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 10)
         self.hidden = hidden
 
-    def forward(self, ids: Tensor) -> Any:
-        x, seen = self.embedding(ids), []
+    def forward(self, ids: Tensor, context: Tensor | float = 0.0) -> Any:
+        x, seen = self.embedding(ids) + context, []
         for layer in self.layers:
             seen.append(x)
             x = x + layer(x)
@@ -72,14 +74,15 @@ def ids(length: int, batch: int = 2, seed: int = 0) -> Tensor:
 
 
 def fast(model: nn.Module, **options: Any) -> Any:
-    inductor = {"force_disable_caches": True, **options.pop("inductor", {})}  # the passes are to run in every test
-    return torch.compile(model, backend="attnres", options={**options, "inductor": inductor})
+    return torch.compile(model, backend="attnres", options=options)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
+    """Graphs from no cache: the passes are to run in every test."""
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
     torch._dynamo.reset()
 
 
@@ -243,6 +246,45 @@ def test_an_overlap_is_caught_and_would_be_wrong(monkeypatch: pytest.MonkeyPatch
         assert (fast(model)(ids(7)) - expected).abs().max() > 1e-2
 
 
+def test_rows_of_a_number_that_only_the_call_tells(planned: list[Arena]) -> None:
+    """A stream whose length depends on values: no arena can be sized before, and everything runs as without one."""
+
+    class Selected(Tower):
+        def forward(self, given: Tensor) -> Tensor:
+            chosen = given[given > 9]
+            torch._check(chosen.shape[0] > 1)
+            return super().forward(chosen)
+
+    torch.manual_seed(0)
+    model = attnres_fx.convert(Selected(), ids(30), num_blocks=3)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        close(fast(model)(ids(30)), model(ids(30)))
+    assert planned == []
+
+
+@pytest.mark.slow
+def test_streams_of_different_lengths_share_what_they_use_one_after_the_other(planned: list[Arena]) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Tower(), Tower()
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            head = self.first(one).mean(1, keepdim=True).mean(-1, keepdim=True)
+            return self.second(other, head)
+
+    torch.manual_seed(0)
+    model = attnres_fx.convert(Two(), (ids(5), ids(8)), num_blocks=3)
+    compiled = fast(model)
+    with torch.no_grad():
+        for lengths in ((5, 8), (6, 11), (12, 3)):
+            given = ids(lengths[0]), ids(lengths[1])
+            close(compiled(*given), model(*given))
+    fixed, symbolic = planned
+    assert fixed.numel == 5 * 2 * 8 * WIDTH  # what the longer one needs alone
+    assert isinstance(symbolic.numel, torch.SymInt) and "Max" in str(symbolic.numel), symbolic.numel
+
+
 # ------------------------------------------------------------------------------------------------ who may see them
 
 
@@ -271,6 +313,7 @@ def test_modes(around: Callable[[], Any]) -> None:
     close(compiled(ids(7)), model(ids(7)))
 
 
+@pytest.mark.slow
 def test_threads_and_models() -> None:
     towers = [tower(), tower(num_blocks=9)]
     compiled = [fast(model) for model in towers]
@@ -390,6 +433,7 @@ def test_what_a_training_step_returns_lies_elsewhere(planned: list[Arena]) -> No
     assert same(gradients(lambda: result.sum().backward(), model), gradients(lambda: expected.sum().backward(), model))
 
 
+@pytest.mark.slow
 def test_checkpointed_layers(planned: list[Arena]) -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -423,6 +467,16 @@ def test_a_freed_model_frees_its_arena(pools: list[weakref.ref[ArenaPool]]) -> N
     del model, compiled
     gc.collect()
     assert [held(pool) for pool in pools] == [0, 0]
+
+
+def test_a_reset_frees_the_arena_of_a_model_that_lives_on(pools: list[weakref.ref[ArenaPool]]) -> None:
+    model = tower()
+    with torch.no_grad():
+        fast(model)(ids(7))
+        torch._dynamo.reset()
+        gc.collect()
+        assert [pool() for pool in pools] == [None]
+        close(fast(model)(ids(7)), model(ids(7)))
 
 
 def test_a_failed_allocation_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,6 +527,35 @@ def test_an_error_in_the_middle_gives_the_arena_back(pools: list[weakref.ref[Are
         assert pool is not None and len([arena for arenas in pool._arenas.values() for arena in arenas]) == 1
     finally:
         library._destroy()
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmRSS")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of the process")
+def test_ten_thousand_calls_of_random_shapes(pools: list[weakref.ref[ArenaPool]]) -> None:
+    model = tower()
+    compiled = fast(model)
+    random = Random(0)
+    held_at: list[int] = []
+    with torch.no_grad():
+        compiled(ids(5))
+        compiled(ids(9, batch=3))
+        compiled(ids(400, batch=4))
+        for step in range(10_000):
+            given = ids(random.randint(1, 400), batch=random.randint(1, 4), seed=step)
+            result, expected = compiled(given), model(given)
+            assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5), (step, given.shape)
+            if step % 1000 == 999:
+                held_at.append(resident())
+    assert len(pools) <= 6  # graphs, for sizes of one and others
+    assert max(held_at[1:]) - held_at[1] < 8 * 2**20, held_at
 
 
 def test_never_means_never(planned: list[Arena]) -> None:

@@ -149,6 +149,9 @@ def test_numbers_become_nodes() -> None:
         number = _compat.numbers_as_nodes(gm.graph)
         given = next(node.meta["val"] for node in gm.graph.nodes if getattr(node.meta.get("val"), "ndim", 0) == 2)
         rows, width = given.shape
+        known = _compat.input_symbols(gm.graph)
+        assert known == _compat.symbols_of(rows) | _compat.symbols_of(width) == _compat.symbols_of(rows * width + 3)
+        assert len(known) == 2 and not _compat.symbols_of(3)
         wished = [7, rows * 0 + 5, rows, rows * width, (rows * width + 15) // 16 * 16, torch.sym_max(rows, width) + 1]
         nodes = [number(each) for each in wished]
         assert nodes == [number(each) for each in wished] and not isinstance(nodes[1], fx.Node)
