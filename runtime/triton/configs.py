@@ -5,7 +5,8 @@ No GPU was at hand to measure on, so the rules are those that can be argued and 
 - 16-byte loads: at least 16 bytes of a row in each thread.
 - The fewest warps that keep a program's values in registers: sums over a row cross warps only through shared memory and
   barriers, so a row of up to 1024 elements belongs to one warp in the forward.
-- No spills, on any target, in any configuration of ``cases``: that decided how many sources and queries a launch takes.
+- No spills: that decided how many sources and queries a launch takes. benchmarks/NOTES.md lists the configurations of
+  ``cases`` that still spill a few registers.
 - The backward holds every source row of a token; its threads hold 8 elements of each. Where that many rows do not fit
   (``backward_tile``) it reads them twice instead.
 - Sums over tokens leave at most PARTIAL_ROWS partial rows a launch, whatever the number of tokens.
