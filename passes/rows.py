@@ -77,10 +77,20 @@ def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> list[Row
         for index, tensor, value in _made_by(node, read):
             readers = _readers(tensor) if tensor is not None else set()
             sized = all(symbols_of(size) <= known for size in value.shape)
-            if sized and _is_dense(value) and (returns or all(reader.op != "output" for reader in readers)):
+            if sized and _is_dense(value) and all(_only_reads(reader) or (returns and reader.op == "output")
+                                                  for reader in readers):
                 last = max((order[reader] for reader in readers), default=order[node])
                 rows.append(Row(node, index, tensor, value, order[node], last))
     return rows
+
+
+def _only_reads(node: fx.Node) -> bool:
+    """Whether ``node`` surely neither changes nor keeps what it is given. What Inductor has a lowering of its own for,
+    as for a convolution that adds to an input in place, may do both.
+    """
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable or node.target is torch.ops.aten.copy_.default
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or node.target is operator.getitem
 
 
 def _made_by(node: fx.Node, read: set[fx.Node]) -> list[tuple[int | None, fx.Node | None, torch.Tensor]]:

@@ -1,0 +1,142 @@
+"""Rows of graphs made by hand: what may be placed, how long it is in use, what goes on in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from attnres_fx.passes.rows import Row, is_view, rows_for_backward, rows_of_call
+from attnres_fx.runtime.mix import MIX
+from attnres_fx.runtime.mix_norm import MIX_NORM
+from attnres_fx.runtime.phases import PHASE1
+
+aten: Any = torch.ops.aten
+SHAPE = (2, 3, 8)
+REST = (None, None, None, None, 1e-6, 1.0, False, 1.0, False, 1e-6)  # of mix_norm, after its delta
+
+
+def graph_of(build: Callable[..., Any]) -> fx.Graph:
+    """A graph whose inputs are ``table`` [9, 8], ``ids`` [2, 3], ``first`` and ``second`` [2, 3, 8], ``query`` [8]."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("table", "ids", "first", "second", "query")]
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        packet = getattr(target, "overloadpacket", target)
+        return graph.create_node("call_function", target, args, kwargs, packet.__name__.strip("<>"))
+
+    graph.output(build(call, *inputs))
+    given = [torch.randn(9, 8), torch.zeros(2, 3, dtype=torch.long), torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(8)]
+    with FakeTensorMode() as mode:
+        FakeTensorProp(fx.GraphModule({}, graph), mode).propagate(*given)
+    graph.lint()
+    return graph
+
+
+def named(rows: list[Row]) -> dict[str, Row]:
+    return {row.name: row for row in rows}
+
+
+def fused(call: Any, sources: list[fx.Node], query: fx.Node, delta: fx.Node | None) -> tuple[fx.Node, fx.Node]:
+    made = call(MIX_NORM, sources, query, None, delta, *REST)
+    return call(operator.getitem, made, 0), call(operator.getitem, made, 1)
+
+
+def test_rows_end_with_the_last_reader_of_a_view() -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        block = call(aten.embedding.default, table, ids)
+        normed, partial = fused(call, [block, first], query, second)
+        half = call(operator.getitem, call(aten.split.Tensor, call(aten.view.default, normed, [6, 8]), 3), 1)
+        mixed = call(MIX, [block, partial], query, None)
+        return call(aten.add.Tensor, call(aten.mul.Tensor, half, half), call(aten.sum.default, mixed)),
+
+    graph = graph_of(build)
+    rows, order = named(rows_of_call(graph)), {node: index for index, node in enumerate(graph.nodes)}
+    by_name = {node.name: node for node in graph.nodes}
+    assert set(rows) == {"embedding", "getitem", "getitem_1", "mix"}
+    assert rows["getitem"].last == order[by_name["mul"]] and rows["getitem"].index == 0
+    assert rows["getitem_1"].last == rows["embedding"].last == order[by_name["mix"]]
+    assert rows["getitem"].first == rows["getitem_1"].first == order[by_name["mix_norm"]]
+    assert all(row.over is None for row in rows.values())  # what was added to came from outside
+    assert is_view(by_name["view"]) and is_view(by_name["getitem_2"]) and not is_view(by_name["getitem"])
+
+
+def test_a_sum_goes_on_over_the_part_that_it_reads_last() -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        block = call(aten.embedding.default, table, ids)
+        _, one = fused(call, [block, first], query, second)
+        _, two = fused(call, [block, one], query, second)
+        normed, _ = fused(call, [block, two, two], query, second)  # the part is a source twice
+        return call(aten.sum.default, normed),
+
+    rows = named(rows_of_call(graph_of(build)))
+    assert rows["getitem_3"].over is rows["getitem_1"].node
+    assert rows["getitem_5"].over is None
+    assert rows["getitem_2"].last == rows["getitem_2"].first  # nobody reads this norm
+
+
+@pytest.mark.parametrize("escape", [lambda call, node: node, lambda call, node: call(aten.view.default, node, [6, 8])])
+def test_what_the_graph_returns_is_nobodys_to_place(escape: Callable[[Any, Any], Any]) -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        block = call(aten.embedding.default, table, ids)
+        normed, partial = fused(call, [block, first], query, second)
+        return call(aten.sum.default, normed), escape(call, partial)
+
+    assert set(named(rows_of_call(graph_of(build)))) == {"embedding", "getitem"}
+
+
+@pytest.mark.parametrize("reader", [lambda x: torch.relu_(x), aten.relu_.default])
+def test_what_may_be_changed_by_its_reader_is_not_placed(reader: Any) -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        normed, partial = fused(call, [second, first], query, second)
+        return call(aten.sum.default, call(reader, normed)), call(aten.sum.default, partial)
+
+    assert set(named(rows_of_call(graph_of(build)))) == {"getitem_1"}
+
+
+def test_unread_results_of_phase_1_have_a_place_for_a_moment() -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        queries = call(aten.expand.default, query, [2, 8])
+        made = call(PHASE1, [first, second], queries, None)
+        return call(aten.sum.default, call(operator.getitem, made, 1)),
+
+    rows = named(rows_of_call(graph_of(build)))
+    assert {name: tuple(row.value.shape) for name, row in rows.items()} == {
+        "mix_phase1[0]": SHAPE, "getitem": SHAPE, "mix_phase1[2]": SHAPE[:2], "mix_phase1[3]": SHAPE[:2]}
+    assert all(row.first == row.last for name, row in rows.items() if name != "getitem")
+
+
+def test_the_backward_keeps_blocks_and_not_partial_sums() -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        block = call(aten.embedding.default, table, ids)
+        _, one = fused(call, [block, first], query, second)
+        normed, closed = fused(call, [block, one], query, second)
+        mixed = call(MIX, [block, closed], query, None)
+        seen = call(aten.neg.default, first)
+        last = call(MIX, [block, closed, seen], query, None)
+        return last, call(aten.view.default, seen, [6, 8]), normed, block, one, closed, mixed, seen
+
+    graph = graph_of(build)
+    assert set(named(rows_for_backward(graph, 2))) == {"embedding", "getitem_3"}
+    assert rows_for_backward(graph, 8) == []
+
+
+def test_inputs_and_strange_layouts_stay() -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        turned = call(aten.neg.default, call(aten.permute.default, call(aten.view.default, first, [8, 2, 3]), [1, 2, 0]))
+        product = call(aten.view.default, call(aten.mm.default, table, call(aten.t.default, table)), [9, 9])
+        mixed = call(MIX, [first, turned], query, None)
+        return call(aten.sum.default, mixed), product
+
+    assert set(named(rows_of_call(graph_of(build)))) == {"mix"}
+
+
+def test_a_graph_without_mixes_has_no_rows() -> None:
+    graph = graph_of(lambda call, table, ids, first, second, query: (call(aten.neg.default, first),))
+    assert rows_of_call(graph) == [] and rows_for_backward(graph, 0) == []
