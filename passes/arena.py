@@ -134,14 +134,15 @@ def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
     if not rows:
         return
     number = numbers_as_nodes(graph)
-    begin = min(row.maker for row in rows)
     outputs: dict[fx.Node, dict[int | None, tuple[fx.Node, Place]]] = {}
     for arena in plan_arenas(rows):
         value = arena.places[0].row.value
         log.info("placed %d rows of %s in %s elements of one arena", len(arena.places), value.dtype, arena.numel)
-        size = arena.numel
+        begin = min(place.row.maker for place in arena.places)
+        given = [node for node in begin.all_input_nodes if getattr(value_of(node), "device", None) == value.device]
         with graph.inserting_before(begin):
-            memory = _lease(graph, begin, size, value, number) if leased else _empty(graph, [size], value, number)
+            memory = (_lease(graph, given[0], arena.numel, value, number) if leased and given
+                      else _empty(graph, [arena.numel], value, number))
         for place in arena.places:
             outputs.setdefault(place.row.maker, {})[place.row.index] = memory, place
     for maker, places in outputs.items():
@@ -154,10 +155,9 @@ def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
                 _move(graph, maker, views[None])
 
 
-def _lease(graph: fx.Graph, begin: fx.Node, numel: Number, like: torch.Tensor, number: Numbers) -> fx.Node:
-    """Memory of a call, on the device of the first row's inputs."""
-    source = next(node for node in begin.all_input_nodes if isinstance(value_of(node), torch.Tensor))
-    node = graph.call_function(ARENA, (source, number(numel), like.dtype))
+def _lease(graph: fx.Graph, near: fx.Node, numel: Number, like: torch.Tensor, number: Numbers) -> fx.Node:
+    """Memory of a call, on the device of the tensor ``near``."""
+    node = graph.call_function(ARENA, (near, number(numel), like.dtype))
     return _valued(node, like, lambda: like.new_empty(numel))
 
 

@@ -85,11 +85,12 @@ def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> list[Row
 
 
 def _only_reads(node: fx.Node) -> bool:
-    """Whether ``node`` surely neither changes nor keeps what it is given. What Inductor has a lowering of its own for,
-    as for a convolution that adds to an input in place, may do both.
+    """Whether ``node`` surely neither changes what it is given nor reads it later on. What Inductor has a lowering of its
+    own for, as for a convolution that adds to an input in place, may change it; a collective reads until it is waited for.
     """
     if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable or node.target is torch.ops.aten.copy_.default
+        changes = node.target._schema.is_mutable and node.target is not torch.ops.aten.copy_.default
+        return not changes and node.target.namespace != "_c10d_functional"
     return isinstance(node.target, torch._ops.HigherOrderOperator) or node.target is operator.getitem
 
 

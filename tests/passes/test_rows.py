@@ -91,11 +91,19 @@ def test_what_the_graph_returns_is_nobodys_to_place(escape: Callable[[Any, Any],
     assert set(named(rows_of_call(graph_of(build)))) == {"embedding", "getitem"}
 
 
-@pytest.mark.parametrize("reader", [lambda x: torch.relu_(x), aten.relu_.default])
-def test_what_may_be_changed_by_its_reader_is_not_placed(reader: Any) -> None:
+COLLECTIVES = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no collectives here")
+READERS = [lambda x: torch.relu_(x), aten.relu_.default, pytest.param("all_reduce", marks=COLLECTIVES)]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_may_be_changed_by_its_reader_or_read_later_is_not_placed(reader: Any) -> None:
     def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
         normed, partial = fused(call, [second, first], query, second)
-        return call(aten.sum.default, call(reader, normed)), call(aten.sum.default, partial)
+        if reader == "all_reduce":
+            read = call(torch.ops._c10d_functional.all_reduce.default, normed, "sum", "0")
+        else:
+            read = call(reader, normed)
+        return call(aten.sum.default, read), call(aten.sum.default, partial)
 
     assert set(named(rows_of_call(graph_of(build)))) == {"getitem_1"}
 
