@@ -16,6 +16,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from scripts import load_script
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -566,3 +567,56 @@ def test_never_means_never(planned: list[Arena]) -> None:
     assert not planned and "attnres.mix_norm.default" in code
     with pytest.raises(Exception, match="give one of auto, never"):
         fast(model, arena="sometimes")(ids(7))
+
+
+# ------------------------------------------------------------------------------------------------ what is held
+
+
+def simulated_peak(code: str, arena: int) -> int:
+    """The most bytes that Inductor's code holds, by its own allocations and deletions; ``arena`` is what one is lent."""
+    owner: dict[str, int] = {}
+    bytes_of: list[int] = []
+    live = peak = 0
+    assigned = re.compile(r"(\w+) = (?:(empty_strided_cpu)\(\(([\d, ]*)\), .*, torch\.(\w+)\)|(torch\.ops\.attnres\.arena\.default)"
+                          r"|reinterpret_tensor\((\w+),.*?|(\w+))(?:\(.*|;.*|  # alias.*)?$")
+    lines = code[code.index("args.clear()"):code.index("return (")].splitlines()
+    for line in map(str.strip, lines):
+        made = assigned.match(line)
+        if made:
+            name, empty, shape, dtype, lent, viewed, same = made.groups()
+            if empty or lent:
+                numel = math.prod(map(int, re.findall(r"\d+", shape or "")))
+                bytes_of.append(arena if lent else numel * getattr(torch, dtype).itemsize)
+                owner[name] = len(bytes_of) - 1
+                live += bytes_of[-1]
+                peak = max(peak, live)
+            elif (viewed or same) in owner:
+                owner[name] = owner[viewed or same]
+        for name in re.findall(r"\bdel (\w+)", line):
+            storage = owner.pop(name, None)
+            if storage is not None and storage not in owner.values():
+                live -= bytes_of[storage]
+    return peak
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])
+def test_an_inference_holds_what_its_schedule_says_and_the_plan_allows(
+    planned: list[Arena], pools: list[weakref.ref[ArenaPool]], schedule: str
+) -> None:
+    memory = load_script("benchmarks/memory.py")
+    model, given = tower(), ids(64, batch=8)
+    torch.manual_seed(0)
+    plain = torch.compile(Tower())
+    compiled = fast(model, schedule=schedule)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(compiled, given)
+        plain(given)
+        bound = memory.held(lambda: plain(given))[1].peak + 4 * planned[0].numel
+        pool = pools[0]()
+        assert pool is not None
+        pool.clear()  # so that the arena is among the events
+        measured = memory.held(lambda: compiled(given))[1].peak
+    simulated = simulated_peak(code, 4 * planned[0].numel)
+    assert simulated > 4 * planned[0].numel > 0
+    assert abs(measured - simulated) <= 0.05 * simulated, (measured, simulated)
+    assert measured <= bound
