@@ -577,8 +577,9 @@ def simulated_peak(code: str, arena: int) -> int:
     owner: dict[str, int] = {}
     bytes_of: list[int] = []
     live = peak = 0
-    assigned = re.compile(r"(\w+) = (?:(empty_strided_cpu)\(\(([\d, ]*)\), .*, torch\.(\w+)\)|(torch\.ops\.attnres\.arena\.default)"
-                          r"|reinterpret_tensor\((\w+),.*?|(\w+))(?:\(.*|;.*|  # alias.*)?$")
+    assigned = re.compile(r"(\w+) = (?:(empty_strided_cpu)\(\(([\d, ]*)\), .*, torch\.(\w+)\)"
+                          r"|(torch\.ops\.attnres\.arena\.default)|reinterpret_tensor\((\w+),.*?|(\w+))"
+                          r"(?:\(.*|;.*|  # alias.*)?$")
     lines = code[code.index("args.clear()"):code.index("return (")].splitlines()
     for line in map(str.strip, lines):
         made = assigned.match(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from zoo_cases import ZOO, ZooCase
 import attnres_fx
 from attnres_fx.analysis import report_of
 from attnres_fx.errors import StreamRefusedError
+from attnres_fx.memory import plan_memory
+from attnres_fx.passes.plan import StreamPlan
 
 pytestmark = pytest.mark.zoo
 
@@ -136,12 +139,21 @@ def test_convert(name: str, num_blocks: int, mix_scale: str) -> None:
         deviation = models.relative(models.tensors_of(model(*args, **kwargs)), plain)
     if case.rewritable or mix_scale == "sum":
         assert deviation <= (1e-6 if mix_scale == "paper" else 1e-5)
+    check_memory_plans(model)
     if num_blocks == 2:
         assert attnres_fx.verify(model, args, kwargs).passed
         if mix_scale == "sum":
             train_a_step(model, args, kwargs)
     record(name, "dynamo", [s.query.shape[0] - 1 for s in model.attnres.streams.values()], "yes",
            f"{deviation:.0e} ({mix_scale}, {'full' if num_blocks == 99 else '2 blocks'})", started)
+
+
+def check_memory_plans(model: Any) -> None:
+    """Of a call and of a training step, in one pass and in two phases: within 5 percent of what lives at once."""
+    plans = [StreamPlan.from_json(parameters.plan) for parameters in model.attnres.streams.values()]
+    for training, schedule in itertools.product((False, True), ("one-pass", "two-phase")):
+        layout = plan_memory(plans, 512, training=training, schedule=schedule).choice.layout
+        assert 0 < layout.lower_bound <= layout.arena <= 1.05 * layout.lower_bound, (training, schedule, layout.ratio)
 
 
 def train_a_step(model: Any, args: Any, kwargs: Any) -> None:
