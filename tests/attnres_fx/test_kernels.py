@@ -125,7 +125,9 @@ def test_the_option_chooses_forward_and_backward(downstream: str, schedule: str,
         with torch.autograd.profiler.profile() as record:
             loss = fast(ids).square().mean()
             loss.backward()
-        assert {event.name for event in record.function_events if event.name.startswith("attnres::mix")} == names
+        ran = {event.name for event in record.function_events if event.name.startswith("attnres::mix")}
+        # Under Inductor, what makes a block kept for the backward writes it into an arena.
+        assert {name.replace("_into", "") for name in ran} == names
         results[kernels] = [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     torch.testing.assert_close(results["auto"], results["reference"], rtol=1e-4, atol=1e-5)
 

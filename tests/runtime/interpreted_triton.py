@@ -327,7 +327,8 @@ def test_a_compiled_llama_runs_them(
     for module, stem in ((launch, "mix"), (phases, "mix_phase1"), (phases, "mix_phase2"), (fused, "mix_norm")):
         for name in (stem, f"{stem}_backward"):
             original = getattr(module, name)
-            monkeypatch.setattr(module, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
+            monkeypatch.setattr(
+                module, name, lambda *args, f=original, n=name, **outputs: calls.append(n) or f(*args, **outputs))
     model = models.llama(2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32)
     ids = models.token_ids(1, 4)
     attnres_fx.convert(model, (ids,), {"use_cache": False}, num_blocks=2)
