@@ -66,7 +66,9 @@ def test_a_training_step_keeps_no_more_rows_than_the_paper_says() -> None:
     assert (plain.variant, attnres.variant) == ("plain", "attnres")
     assert attnres.kept_for_backward <= plain.kept_for_backward + blocks + 2
     assert attnres.step_peak <= plain.step_peak + 2 * blocks + 4
-    assert attnres.inference_peak <= plain.inference_peak + blocks + 2
+    # Beside the arena, two numbers a token of a norm that Inductor computes before the first mix.
+    assert attnres.inference_peak <= plain.inference_peak + attnres.arena + 2 / 64
+    assert 0 < attnres.arena <= blocks + 2
 
 
 def test_what_a_call_holds_is_counted() -> None:
