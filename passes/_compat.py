@@ -149,10 +149,6 @@ def numbers_as_nodes(graph: fx.Graph) -> Callable[[Any], Any]:
     tracer = fx.proxy.GraphAppendingTracer(graph)
     known: dict[Any, Any] = {}
 
-    def record(node: fx.Node, value: Any) -> None:
-        node.meta["val"] = value
-        known.setdefault(value.node.expr, fx.Proxy(node, tracer))
-
     for node in placeholders:
         if isinstance(node.meta.get("val"), py_sym_types):
             known.setdefault(node.meta["val"].node.expr, fx.Proxy(node, tracer))
@@ -161,7 +157,9 @@ def numbers_as_nodes(graph: fx.Graph) -> Callable[[Any], Any]:
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.expr not in known:
                 with graph.inserting_before(place):
-                    record(graph.call_function(torch.ops.aten.sym_size.int, (node, dim)), size)
+                    read = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                read.meta["val"] = size
+                known[size.node.expr] = fx.Proxy(read, tracer)
 
     def as_argument(number: Any) -> Any:
         if not isinstance(number, torch.SymInt) or number.node.expr.is_number:

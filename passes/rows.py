@@ -1,7 +1,7 @@
 """Rows: what the operators of attention residuals write in a graph after AOTAutograd, how long, and where it may lie.
 
-Analysis. Here every view is known by its operator's schema, the kernels are selected, and nothing is changed in place, so
-that a row is in use from the node that makes it to the last node that reads it or a view of it.
+Analysis. Here the kernels are selected and next to nothing is changed in place, so that a row is in use from the node that
+makes it to the last node that reads it or what may be a view of it (some become views whose schema does not say so).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import fx
 
 from attnres_fx.passes._compat import input_symbols, symbols_of
 from attnres_fx.passes.graph import same_size, value_of
-from attnres_fx.passes.vocabulary import argument
+from attnres_fx.passes.vocabulary import argument, is_mutation, viewed
 from attnres_fx.runtime.into import INTO
 from attnres_fx.runtime.operators import VARIANTS, operator_of
 
 _MIX_NORMS = frozenset(operator_of("mix_norm", variant) for variant in VARIANTS)
-_PHASES = frozenset(operator_of("mix_phase2", variant) for variant in VARIANTS)
+_PHASE2 = frozenset(operator_of("mix_phase2", variant) for variant in VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> list[Row
 
 def _only_reads(node: fx.Node) -> bool:
     """Whether ``node`` surely neither changes what it is given nor reads it later on. What Inductor has a lowering of its
-    own for, as for a convolution that adds to an input in place, may change it; a collective reads until it is waited for.
+    own for, as for a convolution that adds to an input in place, may change it; a collective reads until it is waited for;
+    and what returns memory that it was given, but is no view that we know, may be read at any time.
     """
     if isinstance(node.target, torch._ops.OpOverload):
-        changes = node.target._schema.is_mutable and node.target is not torch.ops.aten.copy_.default
-        return not changes and node.target.namespace != "_c10d_functional"
+        schema = node.target._schema
+        keeps = schema.is_mutable or any(returned.alias_info is not None for returned in schema.returns)
+        return node.target is torch.ops.aten.copy_.default or not (keeps or node.target.namespace == "_c10d_functional")
     return isinstance(node.target, torch._ops.HigherOrderOperator) or node.target is operator.getitem
 
 
@@ -135,7 +137,7 @@ def _given(node: fx.Node) -> list[fx.Node]:
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    return list(argument(node, 2 if node.target in _PHASES else 0, "sources"))
+    return list(argument(node, 2 if node.target in _PHASE2 else 0, "sources"))
 
 
 def _read_by_mixes(graph: fx.Graph) -> set[fx.Node]:
@@ -151,21 +153,19 @@ def _is_dense(value: torch.Tensor) -> bool:
     return same_size(value.stride(), strides) and not any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
-def is_view(node: fx.Node) -> bool:
-    """Whether ``node`` gives its first argument's memory under another shape, whole or in part, by its operator's schema."""
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return is_view(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    aliases = [given.alias_info for given in node.target._schema.returns if given.alias_info is not None]
-    return bool(aliases) and not any(alias.is_write for alias in aliases)
+def base_of(node: fx.Node) -> fx.Node | None:
+    """The tensor whose memory ``node`` may give under another shape, whole or in part; None if it has its own."""
+    if node.target is operator.getitem:  # one of several views, or one of several results
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) and base_of(source) is not None else None
+    return None if is_mutation(node) else viewed(node)
 
 
 def _viewed_through(node: fx.Node) -> list[fx.Node]:
     """``node`` and all that it is a view of, the nearest first."""
     found = [node]
-    while is_view(found[-1]):
-        found.append(found[-1].args[0])  # type: ignore[arg-type]
+    while (base := base_of(found[-1])) is not None:
+        found.append(base)
     return found
 
 
@@ -178,8 +178,9 @@ def _readers(tensor: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
     pending = [tensor]
     while pending:
-        for user in pending.pop().users:
-            if is_view(user):
+        name = pending.pop()
+        for user in name.users:
+            if base_of(user) is name:
                 pending.append(user)
             else:
                 found.add(user)

@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from attnres_fx.passes.rows import Row, is_view, rows_for_backward, rows_of_call
+from attnres_fx.passes.rows import Row, base_of, rows_for_backward, rows_of_call
 from attnres_fx.runtime.mix import MIX
 from attnres_fx.runtime.mix_norm import MIX_NORM
 from attnres_fx.runtime.phases import PHASE1
@@ -64,7 +64,20 @@ def test_rows_end_with_the_last_reader_of_a_view() -> None:
     assert rows["getitem_1"].last == rows["embedding"].last == order[by_name["mix"]]
     assert rows["getitem"].first == rows["getitem_1"].first == order[by_name["mix_norm"]]
     assert all(row.over is None for row in rows.values())  # what was added to came from outside
-    assert is_view(by_name["view"]) and is_view(by_name["getitem_2"]) and not is_view(by_name["getitem"])
+    assert base_of(by_name["view"]) is by_name["getitem"] and base_of(by_name["getitem_2"]) is by_name["split"]
+    assert base_of(by_name["getitem"]) is None
+
+
+def test_what_becomes_a_view_without_saying_so_is_one() -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        normed, partial = fused(call, [second, first], query, second)
+        flat = call(aten._unsafe_view.default, normed, [6, 8])
+        mixed = call(MIX, [second, partial], query, None)
+        return call(aten.sum.default, mixed), call(aten.mul.Tensor, flat, flat)
+
+    graph = graph_of(build)
+    last = max(index for index, node in enumerate(graph.nodes) if node.target is aten.mul.Tensor)
+    assert named(rows_of_call(graph))["getitem"].last == last
 
 
 def test_a_sum_goes_on_over_the_part_that_it_reads_last() -> None:
@@ -148,3 +161,17 @@ def test_inputs_and_strange_layouts_stay() -> None:
 def test_a_graph_without_mixes_has_no_rows() -> None:
     graph = graph_of(lambda call, table, ids, first, second, query: (call(aten.neg.default, first),))
     assert rows_of_call(graph) == [] and rows_for_backward(graph, 0) == []
+
+
+def test_what_an_unknown_operator_returns_again_is_not_placed() -> None:
+    library = torch.library.Library("attnres_rows_tests", "FRAGMENT")
+    library.define("second(Tensor x, Tensor(a) y) -> Tensor(a)")
+    library.impl("second", lambda x, y: y.view(-1), "CompositeExplicitAutograd")
+    torch.library.register_fake("attnres_rows_tests::second", lambda x, y: y.view(-1), lib=library)
+
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        normed, partial = fused(call, [second, first], query, second)
+        again = call(torch.ops.attnres_rows_tests.second.default, first, normed)
+        return call(aten.sum.default, again), call(aten.sum.default, partial)
+
+    assert set(named(rows_of_call(graph_of(build)))) == {"getitem_1"}
