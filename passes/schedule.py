@@ -128,7 +128,7 @@ def machine_of(read: Read, training: bool) -> Machine:
         tokens *= hinted(size)
     sweep = MOST_QUERIES
     if value.device.type == "cuda":
-        sweep = queries_per_sweep(width, value.element_size(), training)
+        sweep = queries_per_sweep(width, value.element_size(), training, read.normalize_values)
     return Machine(width, value.element_size(), tokens, training, sweep, read.key_gain is not None)
 
 

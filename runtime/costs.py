@@ -38,7 +38,7 @@ class Mix:
     ``add``: the last source is formed by the launch, as partial + delta, and in the backward the gradient of this sum from
     its other readers is added. ``norm``: the mix is handed on through a norm, which the backward gives again.
     ``phase``: 1 for a mix of the early sources that keeps the log-sum-exp of every query; 2 for one that goes on from it, by
-    ``count`` more sources; None for all at once.
+    ``count`` more sources; None for all at once. ``normalize``: the values are normalised.
     """
 
     count: int
@@ -49,6 +49,7 @@ class Mix:
     add: bool = False
     norm: bool = False
     phase: int | None = None
+    normalize: bool = False
 
     @property
     def row(self) -> int:
@@ -67,8 +68,8 @@ def _runs(items: int, most: int) -> int:
 
 def forward(mix: Mix) -> Traffic:
     """Bytes per token of the forward: every source once for each group of queries, the mixes written once."""
-    groups = _runs(mix.queries, configs.forward_queries(mix.width, mix.element))
-    launches = _runs(mix.count, configs.FORWARD_SOURCES)
+    groups = _runs(mix.queries, configs.forward_queries(mix.width, mix.element, mix.normalize))
+    launches = _runs(mix.count, configs.forward_sources(mix.phase))
     state = (launches - 1) * mix.queries * (mix.width + 2) * mix.accumulate
     added = groups if mix.add else 0
     lses = mix.queries * mix.accumulate if mix.phase == 1 else 0
@@ -91,8 +92,14 @@ def backward(mix: Mix) -> Traffic:
     return total
 
 
+def _is_held(mix: Mix, queries: int, norm: bool) -> bool:
+    """Whether one launch of the backward holds all rows of a token."""
+    tile = configs.backward_tile(mix.width, mix.count, queries, norm=norm, phase=mix.phase, normalize=mix.normalize)
+    return tile is not None
+
+
 def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
-    held = configs.backward_tile(mix.width, mix.count, queries, norm=mix.norm, phase=mix.phase) is not None
+    held = _is_held(mix, queries, mix.norm)
     before_norm, incoming_row = Traffic(0, 0), mix.row
     if mix.norm and held:
         before_norm = Traffic(0, mix.row)
@@ -101,14 +108,14 @@ def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
         incoming_row = mix.width * mix.accumulate
         mixed = forward(replace(mix, add=False)) + Traffic(0, incoming_row - mix.row)
         before_norm = mixed + Traffic(incoming_row + mix.row, incoming_row + mix.row)
-        held = configs.backward_tile(mix.width, mix.count, queries, phase=mix.phase) is not None
+        held = _is_held(mix, queries, norm=False)
     written = mix.count * grad_row + mix.early * mix.row
     if held:
         lses = (queries if mix.phase == 1 else mix.early) * mix.accumulate
         rows = (mix.count + mix.early) * mix.row + queries * incoming_row
         return before_norm + Traffic(rows + lses, written + mix.early * mix.accumulate)
-    score_launches = _runs(mix.count, configs.FORWARD_SOURCES)
-    grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries, mix.element, mix.phase))
+    score_launches = _runs(mix.count, configs.score_sources(mix.width))
+    grad_launches = _runs(mix.count, configs.split_sources(mix.width, queries, mix.element, mix.phase, mix.normalize))
     rows = (2 * mix.count + mix.early) * mix.row + (score_launches + grad_launches) * queries * incoming_row
     # The softmax over depth between the launches reads and writes the same scalars a few times more, and the log-sum-exp
     # and its gradient once; torch does it.
@@ -140,9 +147,9 @@ def fixed_bytes(mix: Mix, tokens: int) -> dict[str, Traffic]:
     """Parameters and partial rows of one forward and one backward at ``tokens`` tokens (float32 query, no gain)."""
     programs = math.ceil(tokens / configs.forward_tile(mix.width, mix.queries).block_t)
     vector = mix.width * mix.accumulate
-    launches = _runs(mix.count, configs.FORWARD_SOURCES)
+    launches = _runs(mix.count, configs.forward_sources(mix.phase))
     result = {"forward": Traffic(programs * launches * mix.queries * vector, 0)}
-    held = configs.backward_tile(mix.width, mix.count, mix.queries, phase=mix.phase)
+    held = configs.backward_tile(mix.width, mix.count, mix.queries, phase=mix.phase, normalize=mix.normalize)
     if held is not None:
         partial = configs.programs(tokens, held) * mix.queries * vector
         result["backward"] = Traffic(partial, partial)

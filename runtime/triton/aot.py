@@ -94,7 +94,10 @@ def compile_case(case: cases.Case, target_name: str) -> Row:
         else:
             signature[name] = _describe(value, (index,), constants, attributes)
     source = ASTSource(case.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options={"num_warps": arguments.warps})
+    options = {"num_warps": arguments.warps}
+    if target.backend == "cuda":
+        options["maxnreg"] = arguments.registers
+    compiled = triton.compile(source, target=target, options=options)
     shared = int(compiled.metadata.shared)
     if target.backend == "cuda":
         registers, spills, loads = _read_cuda(compiled.asm["cubin"])

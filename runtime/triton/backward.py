@@ -314,6 +314,10 @@ def mix_source_grads(
         raw_grads = ()
         for m in tl.static_range(M):
             raw_grads += (widen(load_rows(grads[m], grad_strides[m], rows, columns, tokens, D, ALIGN), ACC) * OUTPUT_FACTOR,)
+        if early_grad is not None:
+            place = (total_count - 1) * tl.cast(tokens, tl.int64)
+            weight = load_scalars(value_coefficients + place, rows, exists, ACC)
+            store_tile(early_grad + places, weight[:, None] * raw_grads[0], rows, columns, tokens, D)
         for i in tl.static_range(count):
             wide = widen(load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN), ACC)
             shrink = tl.load(shrinks + (first + i) * tl.cast(tokens, tl.int64) + rows, mask=exists, other=0.0)
@@ -329,15 +333,15 @@ def mix_source_grads(
                 if value_gain:
                     value_sums += (old_value_sums[m] + value * wide * row_grad,)
                     row_grad *= load_vector(gain, m if GAIN_PER_QUERY else 0, columns, D, ACC)[None, :]
-                source_grad += value * row_grad + key * keyed[m][None, :]
+                if value_gain and D > 4096:  # of five rows and three sums the one that can be read again
+                    key_row = load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC)
+                else:
+                    key_row = keyed[m]
+                source_grad += value * row_grad + key * key_row[None, :]
                 keyed_sums += (old_keyed_sums[m] + key * wide,)
             if priors[i] is not None:  # last: a row less is held meanwhile
                 source_grad += widen(load_tile(priors[i] + places, rows, columns, tokens, D), ACC)
             store_tile(source_grads[i] + places, source_grad, rows, columns, tokens, D)
-        if early_grad is not None:
-            place = (total_count - 1) * tl.cast(tokens, tl.int64)
-            weight = load_scalars(value_coefficients + place, rows, exists, ACC)
-            store_tile(early_grad + places, weight[:, None] * raw_grads[0], rows, columns, tokens, D)
     for m in tl.static_range(M):
         store_partial(partial, 0, m, M, columns, D, keyed_sums[m])
         if value_gain:

@@ -29,10 +29,11 @@ class Typed:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Every argument of a kernel by name, and its number of warps."""
+    """Every argument of a kernel by name, its number of warps and how many registers a thread of it may use."""
 
     values: dict[str, Any]
     warps: int
+    registers: int
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,14 @@ class Case:
             "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
             "programs": Typed("i32", False), "query_grad": wide, "gain_grad": has_gain,
             "tokens": Typed("i32", False), "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t,
-            "GROUP": configs.forward_group(self.width, TYPES[self.dtype]), "BLOCK_P": configs.REDUCE_ROWS,
+            "GROUP": configs.forward_group(self.width, self.queries, TYPES[self.dtype]), "BLOCK_P": configs.REDUCE_ROWS,
             "M": self.queries, "ALIGN": align, "GAIN_PER_QUERY": False, "NORMALIZE": self.normalize,
             "VALUE_GAIN": self.normalize and self.gain, "ACC": tl.float32, **OPTIONS}
-        return Arguments({name: values[name] for name in self.kernel.arg_names}, tile.warps)
+        registers = configs.most_registers(tile)
+        if self.kernel is backward.mix_backward:
+            element = 4 if grad is wide else TYPES[self.dtype]
+            registers = configs.backward_registers(tile, self.width, self.count, self.normalize, TYPES[self.dtype], element)
+        return Arguments({name: values[name] for name in self.kernel.arg_names}, tile.warps, registers)
 
     def row_bytes(self, warp_size: int) -> int:
         """Bytes of rows that one thread loads on average in one pass over its tile; none beyond the width."""
@@ -117,7 +122,8 @@ class Case:
         if self.kernel is forward.mix_forward:
             return configs.forward_tile(self.width, self.queries, warp_size)
         if self.kernel is backward.mix_backward:
-            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, bool(self.norm), self.phase)
+            tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, bool(self.norm), self.phase,
+                                         self.normalize)
             if tile is None:
                 raise ValueError(f"{self.config}: the rows do not fit")
             return tile
@@ -130,17 +136,17 @@ def cases() -> Iterator[Case]:
     """Every kernel at every width with the most sources and queries the table gives a launch, and every option once."""
     for width in WIDTHS:
         for dtype in ("bf16", "fp32"):
-            queries = configs.forward_queries(width, TYPES[dtype])
+            queries, normalized = (configs.forward_queries(width, TYPES[dtype], normalize) for normalize in (False, True))
             for count in (9, configs.FORWARD_SOURCES):
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype)
-            yield Case("mix_forward", forward.mix_forward, width, 9, queries, dtype, normalize=True)
+            yield Case("mix_forward", forward.mix_forward, width, 9, normalized, dtype, normalize=True)
             yield Case("mix_forward", forward.mix_forward, width, 9, dtype=dtype, features=("chained",))
             for count, more, norm in ((9, (), "rms"), (9, (), "layer"), (1, ("phase 2",), "rms"), (9, ("chained",), "layer"),
-                                      (configs.FORWARD_SOURCES, ("phase 2",), "layer")):
+                                      (configs.forward_sources(2), ("phase 2",), "layer")):
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=count == 1,
                            features=(*more, "delta", norm))
             yield Case("mix_forward", forward.mix_forward, width, 9, queries, dtype, features=("phase 1",))
-            for count, normalize in ((1, False), (configs.FORWARD_SOURCES, True)):
+            for count, normalize in ((1, False), (configs.forward_sources(2), True)):
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=normalize,
                            features=("phase 2",))
             yield from _backward_cases(width, dtype)
@@ -153,15 +159,15 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
         for normalize in (False, True):
             for phase in (None, 1, 2) if queries == 1 else (None, 1):
                 features = () if phase is None else (f"phase {phase}",)
-                held = _most_held(width, queries, phase)
+                held = _most_held(width, queries, phase, normalize)
                 if held:
                     yield Case("mix_backward", backward.mix_backward, width, held, queries, dtype, normalize,
                                features=features)
                 if phase == 1:
                     continue  # its other launches are those of the mix
-                yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, queries, dtype, normalize,
+                yield Case("mix_scores", backward.mix_scores, width, configs.score_sources(width), queries, dtype, normalize,
                            features=features)
-                count = configs.split_sources(width, queries, TYPES[dtype], phase)
+                count = configs.split_sources(width, queries, TYPES[dtype], phase, normalize)
                 for more in ((), ("priors",)) if phase is None else ((),):
                     yield Case("mix_source_grads", backward.mix_source_grads, width, count, queries, dtype, normalize,
                                features=features + more)
@@ -177,19 +183,20 @@ def _norm_cases(width: int, dtype: str, normalize: bool, phase: int | None) -> I
     features = ("prior of the last",) if phase is None else (f"phase {phase}", "prior of the last")
     after_norm = (*features, "wide gradient")
     for norm in NORMS:
-        held = _most_held(width, 1, phase, norm=True)
+        held = _most_held(width, 1, phase, normalize, norm=True)
         if held:
             yield Case("mix_backward", backward.mix_backward, width, held, 1, dtype, normalize, features=(*features, norm))
-    held = _most_held(width, 1, phase)
+    held = _most_held(width, 1, phase, normalize)
     if held:
         yield Case("mix_backward", backward.mix_backward, width, held, 1, dtype, normalize, features=after_norm)
     if dtype != "fp32":  # there it is the same kernel
-        yield Case("mix_scores", backward.mix_scores, width, configs.FORWARD_SOURCES, 1, dtype, normalize,
+        yield Case("mix_scores", backward.mix_scores, width, configs.score_sources(width), 1, dtype, normalize,
                    features=after_norm)
-    count = configs.split_sources(width, 1, TYPES[dtype], phase)
+    count = configs.split_sources(width, 1, TYPES[dtype], phase, normalize)
     yield Case("mix_source_grads", backward.mix_source_grads, width, count, 1, dtype, normalize, features=after_norm)
 
 
-def _most_held(width: int, queries: int, phase: int | None, norm: bool = False) -> int:
+def _most_held(width: int, queries: int, phase: int | None, normalize: bool, norm: bool = False) -> int:
     """The most sources that one launch of ``mix_backward`` takes, or 0."""
-    return max((n for n in range(1, 33) if configs.backward_tile(width, n, queries, norm=norm, phase=phase)), default=0)
+    return max((count for count in range(1, 33)
+                if configs.backward_tile(width, count, queries, norm=norm, phase=phase, normalize=normalize)), default=0)

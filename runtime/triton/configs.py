@@ -5,8 +5,8 @@ No GPU was at hand to measure on, so the rules are those that can be argued and 
 - 16-byte loads: at least 16 bytes of a row in each thread.
 - The fewest warps that keep a program's values in registers: sums over a row cross warps only through shared memory and
   barriers, so a row of up to 1024 elements belongs to one warp in the forward.
-- No spills: that decided how many sources and queries a launch takes. benchmarks/NOTES.md lists the configurations of
-  ``cases`` that still spill a few registers.
+- No spills: that decided how many sources and queries a launch takes. Programs are told how many registers they may use
+  (``most_registers``), as ptxas otherwise spills on purpose to make room for more of them.
 - The backward holds every source row of a token; its threads hold 8 elements of each. Where that many rows do not fit
   (``backward_tile``) it reads them twice instead.
 - Sums over tokens leave at most PARTIAL_ROWS partial rows a launch, whatever the number of tokens.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 MAX_WIDTH = 8192
 FORWARD_SOURCES = 24  # a launch; more are chained. On AMD their addresses fill the scalar registers beyond
+REGISTERS = 65536  # of one multiprocessor
 PARTIAL_ROWS = 512  # programs that walk over tokens: about four for each multiprocessor of today's GPUs
 REDUCE_COLUMNS, REDUCE_ROWS, REDUCE_WARPS = 64, 32, 4  # of reduce_parameter_grads: a warp reads 256 bytes of each row
 
@@ -44,8 +45,18 @@ def tile(width: int, elements: int, warp_size: int = 32, most_warps: int = 16) -
     return Tile(block_d, block_t, warps)
 
 
-def forward_queries(width: int, element: int = 2) -> int:
-    """How many queries share one launch of ``mix_forward`` on sources of so many bytes an element; more sweep again."""
+def forward_sources(phase: int | None) -> int:
+    """How many sources one launch of ``mix_forward`` takes; phase 2 has what phase 1 left to address, too."""
+    return 16 if phase == 2 else FORWARD_SOURCES
+
+
+def forward_queries(width: int, element: int = 2, normalize: bool = False) -> int:
+    """How many queries share one launch of ``mix_forward`` on sources of so many bytes an element; more sweep again.
+
+    normalize: the values are normalised, which takes a factor more for each.
+    """
+    if normalize:
+        return 4 if width <= 2048 else 2 if width <= 4096 else 1
     return 4 if width <= 4096 else max(1, 4 // element)
 
 
@@ -54,8 +65,13 @@ def forward_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     return tile(width, 16 if (width > 512 and queries == 1) or width > 4096 else 8, warp_size)
 
 
-def forward_group(width: int, element: int = 2) -> int:
-    """How many sources, of so many bytes an element, ``mix_forward`` loads at once: 64 bytes a thread of wide rows."""
+def forward_group(width: int, queries: int, element: int = 2) -> int:
+    """How many sources, of so many bytes an element, ``mix_forward`` loads at once: 64 bytes a thread of wide rows.
+
+    Short rows are taken by the dozen, and on AMD with the addresses of several queries' results they fill the registers.
+    """
+    if width <= 64 and queries > 1:
+        return 2
     return 4 if width <= 4096 else max(1, 4 // element)
 
 
@@ -64,26 +80,29 @@ def backward_queries(width: int) -> int:
     return 2 if width <= 2048 else 1
 
 
-def queries_per_sweep(width: int, element: int, training: bool) -> int:
+def queries_per_sweep(width: int, element: int, training: bool, normalize: bool = False) -> int:
     """How many queries read the sources together in every launch that a call or a training step makes."""
-    queries = forward_queries(width, element)
+    queries = forward_queries(width, element, normalize)
     return min(queries, backward_queries(width)) if training else queries
 
 
 def backward_tile(
-    width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False, phase: int | None = None
+    width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False, phase: int | None = None,
+    normalize: bool = False,
 ) -> Tile | None:
     """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
 
     A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
-    The gradient of the log-sum-exp costs phase 1 a row. Phase 2 adds few sources and holds at most three: what phase 1
-    left takes a row, and addresses of which AMD's scalar registers have no more.
+    Normalised values take a sum more, for the gain's gradient, which shows where registers are fewest.
+    The gradient of the log-sum-exp costs phase 1 a row, and where a program takes several short ones, two. Phase 2 adds few
+    sources and holds at most three: what phase 1 left takes a row, and addresses of which AMD's scalar registers have no
+    more.
     """
     if norm:
         rows = 0 if width > 2048 else 4 if width > 512 else 3
     else:
-        rows = 9 if width <= 2048 else 4 if width <= 4096 else 0
-    rows = rows - 1 if phase == 1 else min(rows // 2, 3) if phase == 2 else rows
+        rows = 9 if width <= 2048 else 4 - normalize if width <= 4096 else 0
+    rows = rows - (2 if width <= 512 else 1) if phase == 1 else min(rows // 2, 3) if phase == 2 else rows
     return tile(width, 8, warp_size) if count <= rows // queries else None
 
 
@@ -92,19 +111,44 @@ def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
     return tile(width, 16 if width > 512 and queries == 1 and width != 4096 else 8, warp_size)
 
 
+def score_sources(width: int) -> int:
+    """How many sources one launch of ``mix_scores`` takes. Each reads the incoming gradient again."""
+    return FORWARD_SOURCES if width <= 4096 else 8
+
+
 def norm_tile(width: int, warp_size: int = 32) -> Tile:
     """Of ``norm_backward``."""
     return tile(width, 16 if width > 512 else 8, warp_size)
 
 
-def split_sources(width: int, queries: int, element: int = 2, phase: int | None = None) -> int:
+def split_sources(width: int, queries: int, element: int = 2, phase: int | None = None, normalize: bool = False) -> int:
     """How many sources, of so many bytes an element, one launch of ``mix_source_grads`` takes.
 
     Each launch reads the incoming gradient again.
     """
-    if width > 4096 and (phase == 2 or element > 2):
+    if width > 4096 and (phase == 2 or element > 2 or normalize):
         return 1
     return 4 if width <= 4096 and queries == 1 and phase != 2 else 2
+
+
+def most_registers(tile: Tile) -> int:
+    """How many registers a thread of NVIDIA's may use where one program has a multiprocessor to itself."""
+    return min(255, REGISTERS // (tile.warps * 32))
+
+
+def backward_registers(tile: Tile, width: int, count: int, normalize: bool, element: int, grad_element: int) -> int:
+    """The same for ``mix_backward``, which holds the rows of ``count`` sources.
+
+    With nine wide rows it is full to the brim, and where ptxas is given the last registers it schedules its way into spills.
+    These bounds are those with which it finds none, on any of the targets of ``aot``.
+    """
+    if count < 9 or width <= 512:
+        return most_registers(tile)
+    if element > 2:
+        return 240
+    if normalize or grad_element > 2:
+        return 224
+    return 208 if width == tile.block_d else 255
 
 
 def programs(tokens: int, tile: Tile) -> int:

@@ -20,7 +20,18 @@ from . import backward as kernels
 from . import configs
 from .forward import mix_forward as forward_kernel
 from .norms import norm_backward
-from .problem import ACCUMULATE, Early, Options, Problem, chunks, device_guard, empty_like, rows_of, warp_size
+from .problem import (
+    ACCUMULATE,
+    Early,
+    Options,
+    Problem,
+    chunks,
+    device_guard,
+    empty_like,
+    launch_options,
+    rows_of,
+    warp_size,
+)
 
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
 
@@ -59,7 +70,8 @@ def forward(
     last source's own memory. With norm, of contiguous weight and bias, outputs receive the normalised mix. All that is
     written is contiguous.
     """
-    for part in chunks(len(problem.query), configs.forward_queries(problem.width, problem.element)):
+    most = configs.forward_queries(problem.width, problem.element, problem.options.normalize_values)
+    for part in chunks(len(problem.query), most):
         own_lses = None if lses is None else tuple(lses[part])
         _forward_group(problem.of_queries(part), tuple(outputs[part]), own_lses, delta, partial_out, norm)
 
@@ -70,7 +82,7 @@ def _forward_group(
 ) -> None:
     queries, tokens = len(problem.query), problem.tokens
     tile = configs.forward_tile(problem.width, queries, warp_size(problem.query.device))
-    parts = chunks(len(problem.sources), configs.FORWARD_SOURCES)
+    parts = chunks(len(problem.sources), configs.forward_sources(problem.phase))
     state_sums, state_rows = None, None
     if len(parts) > 1:
         state_sums = problem.empty(2, queries, tokens)
@@ -87,7 +99,7 @@ def _forward_group(
             state_sums, state_rows, tokens,
             **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
             **_norm_constants(own_norm),
-            GROUP=configs.forward_group(problem.width, problem.element), FIRST=first, LAST=last)
+            GROUP=configs.forward_group(problem.width, queries, problem.element), FIRST=first, LAST=last)
 
 
 def mix_backward(
@@ -180,7 +192,7 @@ def _before_norm(
     norm_backward[(programs,)](
         grad, problem.stride(grad), mixed, norm.weight, norm.bias, normed, norm_partial, problem.tokens, D=problem.width,
         BLOCK_D=tile.block_d, BLOCK_T=tile.block_t, ALIGN=problem.align, **_norm_constants(norm),
-        ACC=ACCUMULATE[problem.accumulate], num_warps=tile.warps)
+        ACC=ACCUMULATE[problem.accumulate], **launch_options(tile, mixed.device))
     return mixed, _norm_grads(norm_partial)
 
 
@@ -220,13 +232,15 @@ def _backward_group(
     programs = configs.programs(problem.tokens, tile)
     partial = problem.empty(programs, 2, len(problem.query), problem.width)
     norm_partial = _norm_partial(problem, norm, programs)
+    registers = configs.backward_registers(tile, problem.width, len(problem.sources), problem.options.normalize_values,
+                                           problem.element, grads[0].element_size())
     kernels.mix_backward[(programs,)](
         grads, problem.strides(grads), lse_grads, tuple(problem.sources), problem.strides(problem.sources), problem.query,
         problem.gain, *problem.early_arguments(), tuple(source_grads), tuple(priors),
         early_grads.mixed if early_grads else None, early_grads.lse if early_grads else None, partial,
         norm.weight if norm else None, norm.bias if norm else None, normed if norm else None, norm_partial, problem.tokens,
-        **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
-        **_norm_constants(norm))
+        **problem.constants(tile, registers),
+        EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale, **_norm_constants(norm))
     return partial, _norm_grads(norm_partial)
 
 
@@ -244,7 +258,7 @@ def _backward_split(
     entries = count if problem.early is None else count + 1
     scales = problem.empty(entries, tokens)
     scores, pulls = problem.empty(queries, entries, tokens), problem.empty(queries, entries, tokens)
-    for part in chunks(count, configs.FORWARD_SOURCES):
+    for part in chunks(count, configs.score_sources(problem.width)):
         kernels.mix_scores[(math.ceil(tokens / tile.block_t),)](
             grads, problem.strides(grads), tuple(problem.sources[part]), problem.strides(problem.sources[part]),
             problem.query, problem.gain, *problem.early_arguments(part.start == 0)[:2], scales, scores, pulls, part.start,
@@ -273,7 +287,8 @@ def _backward_split(
     keys = score_grads * scales
 
     programs = configs.programs(tokens, tile)
-    parts = chunks(count, configs.split_sources(problem.width, queries, problem.element, problem.phase))
+    parts = chunks(count, configs.split_sources(problem.width, queries, problem.element, problem.phase,
+                                               problem.options.normalize_values))
     partial = problem.empty(len(parts) * programs, 2, queries, problem.width)
     for index, part in enumerate(parts):
         kernels.mix_source_grads[(programs,)](

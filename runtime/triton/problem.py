@@ -61,6 +61,14 @@ def warp_size(device: torch.device) -> int:
     return 64 if device.type == "cuda" and torch.version.hip is not None else 32
 
 
+def launch_options(tile: configs.Tile, device: torch.device, registers: int | None = None) -> dict[str, int]:
+    """Warps and, where ptxas is to be told, registers: ``configs.most_registers`` unless they are given."""
+    options = {"num_warps": tile.warps}
+    if device.type == "cuda" and torch.version.hip is None:
+        options["maxnreg"] = configs.most_registers(tile) if registers is None else registers
+    return options
+
+
 def row_stride(rows: Tensor) -> int:
     """A single row may carry any stride; zero compiles nothing anew."""
     return rows.stride(0) if rows.shape[0] > 1 else 0
@@ -159,18 +167,18 @@ class Problem:
         gain = self.gain[part] if self.gain is not None and self.gain.ndim == 2 else self.gain
         return replace(self, query=self.query[part], gain=gain)
 
-    def constants(self, tile: configs.Tile) -> dict[str, Any]:
-        """The compile-time arguments that all kernels over rows share."""
+    def constants(self, tile: configs.Tile, registers: int | None = None) -> dict[str, Any]:
+        """The compile-time arguments that all kernels over rows share, and their launch's, as ``launch_options``."""
         return {
             "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t, "M": len(self.query), "ALIGN": self.align,
             "GAIN_PER_QUERY": self.gain is not None and self.gain.ndim == 2,
             "OUTPUT_FACTOR": self.options.output_factor, "NORMALIZE": self.options.normalize_values,
-            "ACC": ACCUMULATE[self.accumulate], "num_warps": tile.warps}
+            "ACC": ACCUMULATE[self.accumulate], **launch_options(tile, self.query.device, registers)}
 
     def backward_tile(self, norm: Norm | None) -> configs.Tile | None:
         """The tile of ``mix_backward``, or None where the rows do not fit."""
         return configs.backward_tile(self.width, len(self.sources), len(self.query), warp_size(self.query.device),
-                                     norm is not None, self.phase)
+                                     norm is not None, self.phase, self.options.normalize_values)
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised buffer in the dtype of the statistics."""

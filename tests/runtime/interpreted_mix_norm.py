@@ -40,7 +40,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     chosen, fits = configs.backward_tile, request.param
 
     def tile(width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False,
-             phase: int | None = None) -> configs.Tile | None:
+             phase: int | None = None, normalize: bool = False) -> configs.Tile | None:
         return None if fits == "split" or (norm and fits == "norm first") else chosen(width, count, queries, phase=None)
 
     monkeypatch.setattr(configs, "backward_tile", tile)

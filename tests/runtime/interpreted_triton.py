@@ -252,6 +252,23 @@ def test_the_cost_model_is_what_the_kernels_move(count: int, width: int, queries
             assert all(moved.loaded[name] == 2 * tokens * mix.row for name in named)
 
 
+@pytest.mark.parametrize("count, queries, normalize", [(2, 3, True), (2, 3, False), (13, 1, False)])
+def test_the_cost_model_of_the_widest_rows(count: int, queries: int, normalize: bool) -> None:
+    """Fewer queries share a launch there, fewer still where values are normalised, and fewer sources are scored at once."""
+    sources, query, _ = make(count, (2, 8192), torch.bfloat16, queries=queries)
+    options = launch.Options(1e-6, 1.0, normalize, 1.0)
+    mix = costs.Mix(count, 8192, queries, normalize=normalize)
+    with traffic.counting({"query": query}) as moved:
+        result = launch.mix(sources, query, None, *dataclasses.astuple(options))
+    assert moved.loaded.total() - moved.loaded["query"] == 2 * costs.forward(mix).read
+    assert moved.stored.total() == 2 * costs.forward(mix).written
+    if queries == 1:
+        with traffic.counting({"grad": result}) as moved:
+            launch.mix_backward(result, sources, query, None, *dataclasses.astuple(options))
+        launches = math.ceil(count / configs.score_sources(8192)) + math.ceil(count / configs.split_sources(8192, 1))
+        assert moved.loaded["grad"] == launches * 2 * mix.row
+
+
 def test_the_formed_partial_costs_two_rows() -> None:
     sources, query, _ = make(4, (3, 64), torch.bfloat16)
     delta = torch.randn(3, 64).bfloat16()

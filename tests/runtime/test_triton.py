@@ -118,6 +118,18 @@ def _check(row: dict[str, object]) -> None:
     assert row["programs"] * row["warps"] >= (4 if str(row["target"]).startswith("hip") else 8), row
 
 
+def test_registers_are_told_where_a_compiler_takes_them() -> None:
+    """As the table of binaries is compiled, so a launch on such a device asks for."""
+    from attnres_fx.runtime.triton import cases, configs, problem
+
+    tile = configs.Tile(8192, 1, 16)
+    assert problem.launch_options(tile, torch.device("cuda")) == {"num_warps": 16, "maxnreg": 128}
+    assert problem.launch_options(tile, torch.device("cpu")) == {"num_warps": 16}
+    case = next(c for c in cases.cases() if c.name == "mix_backward" and c.width == 1024 and c.count == 9)
+    asked = configs.backward_registers(case.tile(32), 1024, 9, False, 2, 2)
+    assert case.arguments(32).registers == asked < configs.most_registers(case.tile(32))
+
+
 @COMPILED
 def test_the_table_of_binaries(capsys: pytest.CaptureFixture[str]) -> None:
     """One configuration of each kernel by the command line; the others are compiled by the slow test."""
