@@ -138,6 +138,12 @@ def symbols_of(number: Any) -> set[Any]:
     return set(number.node.expr.free_symbols) if isinstance(number, torch.SymInt) else set()
 
 
+def tunes_products() -> bool:
+    """Whether Inductor chooses among kernels of its own for products of matrices, and joins to them what follows."""
+    config = torch._inductor.config
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
 def numbers_as_nodes(graph: fx.Graph) -> Callable[[Any], Any]:
     """Makes arguments of nodes from numbers: integers stay, symbolic ones become nodes that compute them from the inputs."""
     from torch.fx.experimental.proxy_tensor import py_sym_types

@@ -1,11 +1,11 @@
 """Arena: give the rows of attention residuals places in planned memory, and let their makers write them there.
 
-Works on a graph after AOTAutograd, in place. Matches: mixes, their phases, mixes with their norms, and loops over elements
-that make a source of one, where :mod:`attnres_fx.passes.rows` says that the rows may lie anywhere. Replaces with: one piece
-of memory a dtype (of one call without a backward, the arena that a pool lends; of a training step, memory that autograd
-frees with what it keeps), views of it at the planned offsets, and the operators that write into them. Nothing is copied:
-readers read the views. Inductor keeps the order of what writes and what reads the same memory, so the plan holds in whatever
-order it runs the rest.
+Works on a graph after AOTAutograd, in place. Matches: mixes, their phases, mixes with their norms, and, where they make a
+source of one, products of matrices and loops over elements, whose rows may lie anywhere by :mod:`attnres_fx.passes.rows`.
+Replaces with: one piece of memory a dtype (of one call without a backward, the arena that a pool lends; of a training step,
+memory that autograd frees with what it keeps), views of it at the planned offsets, and the operators that write into them.
+Nothing is copied: readers read the views. Inductor keeps the order of what writes and what reads the same memory, so the
+plan holds in whatever order it runs the rest.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from torch import fx
 from attnres_fx.passes._compat import fake_mode_of, hinted, numbers_as_nodes
 from attnres_fx.passes.check_layout import check_layout
 from attnres_fx.passes.graph import value_of
-from attnres_fx.passes.layout import ALIGNMENT, Layout, plan_layout
-from attnres_fx.passes.lifetimes import Buffer
+from attnres_fx.passes.layout import ALIGNMENT, Layout, Placement, plan_layout
+from attnres_fx.passes.lifetimes import Buffer, live_bytes
 from attnres_fx.passes.rows import Row, rows_for_backward, rows_of_call
 from attnres_fx.runtime.arena import ARENA
 from attnres_fx.runtime.into import INTO
+from attnres_fx.runtime.products import PRODUCTS
 
 log = logging.getLogger(__name__)
+
+_WRITES: dict[Any, Any] = {**INTO, **PRODUCTS}
 
 Number = Any  # int or torch.SymInt
 Numbers = Callable[[Number], Any]  # a number as an argument of a node: itself, or the node that computes it
@@ -68,7 +71,7 @@ def plan_arenas(rows: Sequence[Row]) -> list[Arena]:
     """A place for each row: those of one dtype and device share memory, at offsets that suit any size the shapes can take.
 
     Rows whose numbers of elements are known are planned together. Where a call decides the sizes, rows of one size share
-    slots of this size, and sizes whose rows live at different times share the memory below them.
+    slots of this size, and rows of a smaller size that live at other times than all of a larger one share its memory.
 
     Raises: LayoutError if two rows that live at the same time would share a byte.
     """
@@ -100,34 +103,74 @@ def _plan_arena(rows: Sequence[Row]) -> Arena:
             needed = layout.arena // ALIGNMENT * slot
             height = needed if len(floor) == 1 else torch.sym_max(height, needed)
         bottom = bottom + height
-    return Arena(tuple(places), bottom)
+    arena = Arena(tuple(places), bottom)
+    check_layout(_as_traced(arena))
+    return arena
+
+
+def _as_traced(arena: Arena) -> Layout:
+    """The layout of an arena at the sizes that its graph was traced with, in bytes."""
+    rows = [place.row for place in arena.places]
+    element = rows[0].value.element_size()
+    buffers = _buffers(rows, [int(hinted(row.value.numel())) * element for row in rows])
+    placements = tuple(Placement(buffer, int(hinted(place.offset)) * element, buffer.bytes(1), 0)
+                       for buffer, place in zip(buffers, arena.places, strict=True))
+    naive = sum(placement.size for placement in placements)
+    return Layout(placements, int(hinted(arena.numel)) * element, naive, max(live_bytes(buffers, 1)))
 
 
 def _floors(groups: Sequence[list[Row]]) -> list[list[list[Row]]]:
-    """The groups one above the other; on one floor those that live at different times."""
+    """The groups one above the other; on one floor what lives at different times, be it a part of a group."""
     floors: list[list[list[Row]]] = []
     for group in sorted(groups, key=lambda rows: -int(hinted(rows[0].value.numel()))):
-        first, last = min(row.first for row in group), max(row.last for row in group)
-        fitting = (floor for floor in floors if all(
-            last < min(row.first for row in other) or max(row.last for row in other) < first for other in floor))
-        floor = next(fitting, None)
-        if floor is None:
-            floors.append([group])
-        else:
-            floor.append(group)
+        rest = _chains(group)
+        for floor in floors:
+            apart: list[list[Row]] = []
+            kept: list[list[Row]] = []
+            for chain in rest:
+                (kept if any(_overlap(chain, other) for other in floor) else apart).append(chain)
+            if apart:
+                floor.append([row for chain in apart for row in chain])
+            rest = kept
+        if rest:
+            floors.append([[row for chain in rest for row in chain]])
     return floors
+
+
+def _chains(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that take each other's memory over, in the order in which they are made."""
+    chains: dict[fx.Node | None, list[Row]] = {}
+    found: list[list[Row]] = []
+    for row in rows:
+        chain = chains.get(row.over, []) if row.over is not None else []
+        if not chain:
+            found.append(chain)
+        chain.append(row)
+        if row.node is not None:
+            chains[row.node] = chain
+    return found
+
+
+def _overlap(some: Sequence[Row], others: Sequence[Row]) -> bool:
+    """Whether the spans of time overlap in which any of the rows are in use."""
+    return (min(row.first for row in some) <= max(row.last for row in others)
+            and min(row.first for row in others) <= max(row.last for row in some))
 
 
 def _layout(rows: Sequence[Row], sizes: Sequence[int]) -> Layout:
     """A checked layout of rows of so many bytes each."""
-    ends = {row.over: row.first - 1 for row in rows if row.over is not None}
-    names = {row.node: row.name for row in rows}
-    buffers = [
-        Buffer(row.name, "", "row", size, "", row.first, ends.get(row.node, row.last) if row.node else row.last,
-               names.get(row.over) if row.over else None) for row, size in zip(rows, sizes, strict=True)]
-    layout = plan_layout(buffers, 1)
+    layout = plan_layout(_buffers(rows, sizes), 1)
     check_layout(layout)
     return layout
+
+
+def _buffers(rows: Sequence[Row], sizes: Sequence[int]) -> list[Buffer]:
+    """Rows of so many bytes each as the planner knows them. What a row is completed over ends at the step before."""
+    ends = {row.over: row.first - 1 for row in rows if row.over is not None}
+    names = {row.node: row.name for row in rows}
+    return [
+        Buffer(row.name, "", "row", size, "", row.first, ends.get(row.node, row.last) if row.node else row.last,
+               names.get(row.over) if row.over else None) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
@@ -148,9 +191,9 @@ def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
     for maker, places in outputs.items():
         with graph.inserting_before(maker):
             views = {index: _view(graph, memory, place, number) for index, (memory, place) in places.items()}
-            if maker.target in INTO:
+            if maker.target in _WRITES:
                 _write_into(graph, maker, views, number)
-        if maker.target not in INTO:
+        if maker.target not in _WRITES:
             with graph.inserting_after(maker):
                 _move(graph, maker, views[None])
 
@@ -193,12 +236,12 @@ def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node
     operator: Any = maker.target
     given = operator._schema.arguments[len(maker.args):]
     defaults = {argument.name: argument.default_value for argument in given if argument.has_default_value()}
-    written = _outputs(INTO[operator], results)
-    call = graph.call_function(INTO[operator], maker.args, {**defaults, **maker.kwargs, **written})
+    written = _outputs(_WRITES[operator], results)
+    call = graph.call_function(_WRITES[operator], maker.args, {**defaults, **maker.kwargs, **written})
     call.meta = {**maker.meta, "val": None}
-    if "eager_input_vals" in maker.meta:  # the strides that Inductor must keep
-        args, kwargs = maker.meta["eager_input_vals"]
-        call.meta["eager_input_vals"] = args, {**defaults, **kwargs, **fx.map_arg(written, value_of)}
+    # The strides that Inductor must keep: torch's own operators are not held to them, ours are.
+    args, kwargs = maker.meta.get("eager_input_vals", fx.map_arg((maker.args, dict(maker.kwargs)), value_of))
+    call.meta["eager_input_vals"] = args, {**defaults, **kwargs, **fx.map_arg(written, value_of)}
     if isinstance(value, torch.Tensor):
         maker.replace_all_uses_with(results[0])
     else:
@@ -211,7 +254,7 @@ def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node
 
 def _outputs(operator: Any, results: Sequence[fx.Node]) -> dict[str, Any]:
     """The results as the arguments that ``operator`` writes: one each, or where it takes lists, evenly divided."""
-    given = [argument for argument in operator._schema.arguments if argument.kwarg_only]
+    given = [argument for argument in operator._schema.arguments if argument.alias_info is not None]
     if isinstance(given[0].type, torch.ListType):
         count = len(results) // len(given)
         return {argument.name: list(results[index * count:(index + 1) * count]) for index, argument in enumerate(given)}

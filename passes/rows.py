@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnres_fx.passes._compat import input_symbols, symbols_of
+from attnres_fx.passes._compat import input_symbols, symbols_of, tunes_products
 from attnres_fx.passes.graph import same_size, value_of
 from attnres_fx.passes.vocabulary import argument, is_mutation, viewed
 from attnres_fx.runtime.into import INTO
 from attnres_fx.runtime.operators import VARIANTS, operator_of
+from attnres_fx.runtime.products import PRODUCTS
 
 _MIX_NORMS = frozenset(operator_of("mix_norm", variant) for variant in VARIANTS)
 _PHASE2 = frozenset(operator_of("mix_phase2", variant) for variant in VARIANTS)
@@ -61,7 +62,7 @@ def rows_for_backward(graph: fx.Graph, returned: int) -> list[Row]:
     outputs: Any = graph.output_node().args[0]
     order = {node: index for index, node in enumerate(graph.nodes)}
     seen = {source for output in outputs[:returned] if isinstance(output, fx.Node) for source in _viewed_through(output)}
-    kept = {output for output in outputs[returned:] if isinstance(output, fx.Node)}
+    kept = {_memory(output) for output in outputs[returned:] if isinstance(output, fx.Node)}
     found = _rows(graph, order, returns=True)
     partial = {_earlier(row.maker) for row in found}
     read = _read_by_mixes(graph)
@@ -104,9 +105,12 @@ def _made_by(node: fx.Node, read: set[fx.Node]) -> list[tuple[int | None, fx.Nod
             return [(None, node, value)]
         taken = {user.args[1]: user for user in node.users}
         return [(index, taken.get(index), each) for index, each in enumerate(value)]
-    # What one loop over elements makes can be written anywhere. A matrix product allocates its own result.
+    if node not in read or not isinstance(value, torch.Tensor):
+        return []
+    # What one loop over elements makes can be written anywhere, and so can a product that nobody is to tune.
     loop = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is torch.ops.aten.embedding.default
-    return [(None, node, value)] if loop and node in read and isinstance(value, torch.Tensor) else []
+    product = node.target in PRODUCTS and not tunes_products()
+    return [(None, node, value)] if loop or product else []
 
 
 def _over(row: Row, own: set[fx.Node | None], order: dict[fx.Node, int]) -> Row:
@@ -115,7 +119,7 @@ def _over(row: Row, own: set[fx.Node | None], order: dict[fx.Node, int]) -> Row:
     if earlier is None or earlier not in own:
         return row
     like = value_of(earlier)
-    alike = like.dtype == row.value.dtype and same_size(like.shape, row.value.shape)
+    alike = like.dtype == row.value.dtype and same_size([like.numel()], [row.value.numel()])
     ends = max(order[reader] for reader in _readers(earlier)) == row.first
     once = sum(_memory(node) is earlier for node in _given(row.maker)) == 1
     return replace(row, over=earlier) if alike and ends and once else row

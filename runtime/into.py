@@ -128,17 +128,21 @@ def _refuse(name: str, *_: Any, **__: Any) -> None:
                        "use the operator without _into")
 
 
+def define_into(name: str, arguments: str, fake: Callable[..., None]) -> None:
+    """Define ``attnres::<name>``, which returns nothing: its schema, what is refused, and its checks on fakes."""
+    LIBRARY.define(f"{name}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, partial(_below_autograd, name), "Autograd")
+    for key in ("FuncTorchBatched", "Batched"):
+        LIBRARY.impl(name, partial(_refuse, name), key)
+    torch.library.register_fake(f"attnres::{name}", fake, lib=LIBRARY)
+
+
 # From every functional operator to the one that writes into given tensors.
 INTO: dict[Any, Any] = {}
 
 for _family in _FAMILIES:
     for _variant in VARIANTS:
-        _name = f"{_family.base}_into{_variant}"
-        LIBRARY.define(f"{_name}({_family.arguments}, *, {_family.outputs}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(_name, partial(_below_autograd, _name), "Autograd")
-        for _key in ("FuncTorchBatched", "Batched"):
-            LIBRARY.impl(_name, partial(_refuse, _name), _key)
-        torch.library.register_fake(f"attnres::{_name}", partial(_fake, _family), lib=LIBRARY)
+        define_into(f"{_family.base}_into{_variant}", f"{_family.arguments}, *, {_family.outputs}", partial(_fake, _family))
         INTO[operator_of(_family.base, _variant)] = operator_of(f"{_family.base}_into", _variant)
     _into, _kernel, _on_triton = f"{_family.base}_into", partial(_reference, _family), partial(_triton, _family)
     LIBRARY.impl(_into, partial(native_or, _kernel, _into), "CompositeExplicitAutograd")

@@ -6,7 +6,11 @@
 #include "mix_backward.h"
 #include "mix_forward.h"
 
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
+
+#include <array>
 
 namespace attnres {
 namespace {
@@ -302,6 +306,25 @@ void mix_norm_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   }));
 }
 
+// torch's own products, written to a given matrix. `out=` would give a tensor of another shape that of the product.
+void check_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& product_out) {
+  const std::array<int64_t, 2> shape{left.size(0), right.size(1)};
+  TORCH_CHECK_VALUE(product_out.sizes() == at::IntArrayRef(shape) && product_out.scalar_type() == left.scalar_type(),
+                    "attnres: product_out has the shape ", product_out.sizes(), " and the dtype ", product_out.scalar_type(),
+                    ", expected ", at::IntArrayRef(shape), " and ", left.scalar_type());
+}
+
+void mm_into(const at::Tensor& left, const at::Tensor& right, at::Tensor product_out) {
+  check_product(left, right, product_out);
+  at::mm_out(product_out, left, right);
+}
+
+void addmm_into(const at::Tensor& bias, const at::Tensor& left, const at::Tensor& right, const at::Scalar& beta,
+                const at::Scalar& alpha, at::Tensor product_out) {
+  check_product(left, right, product_out);
+  at::addmm_out(product_out, bias, left, right, beta, alpha);
+}
+
 constexpr char kMixAutograd[] = "attnres::mix_autograd";
 constexpr char kMixBackwardAutograd[] = "attnres::mix_backward_autograd";
 constexpr char kPhase1Autograd[] = "attnres::mix_phase1_autograd";
@@ -328,6 +351,8 @@ TORCH_LIBRARY_IMPL(attnres, AutogradCPU, m) {
   m.impl("mix_phase1_into", refusing<kPhase1Into, 2>());
   m.impl("mix_phase2_into", refusing<kPhase2Into, 1>());
   m.impl("mix_norm_into", refusing<kNormInto, 2>());
+  m.impl("mm_into", refusing<3, 1>());
+  m.impl("addmm_into", refusing<6, 1>());
 }
 
 TORCH_LIBRARY_IMPL(attnres, CPU, m) {
@@ -343,4 +368,6 @@ TORCH_LIBRARY_IMPL(attnres, CPU, m) {
   m.impl("mix_phase1_into", torch::CppFunction::makeFromBoxedFunction<&attnres::phase1_into>());
   m.impl("mix_phase2_into", torch::CppFunction::makeFromBoxedFunction<&attnres::phase2_into>());
   m.impl("mix_norm_into", torch::CppFunction::makeFromBoxedFunction<&attnres::mix_norm_into>());
+  m.impl("mm_into", &attnres::mm_into);
+  m.impl("addmm_into", &attnres::addmm_into);
 }

@@ -22,6 +22,8 @@ from torch._inductor.utils import run_and_get_code
 
 import attnres_fx
 from attnres_fx import backend as backend_module
+from attnres_fx.conversion import plans_of
+from attnres_fx.memory import plan_memory
 from attnres_fx.passes import arena as arena_pass
 from attnres_fx.passes.arena import Arena, plan_arenas
 from attnres_fx.passes.layout import Layout
@@ -154,7 +156,8 @@ def test_no_row_is_allocated_or_copied(schedule: str, planned: list[Arena]) -> N
         expected, (result, (code,)) = model(ids(7)), run_and_get_code(fast(model, schedule=schedule), ids(7))
     close(result, expected)
     calls = re.findall(r"torch\.ops\.attnres\.(\w+)\.default\((.*)", code)
-    assert {name for name, _ in calls} <= {"arena", "mix_norm_into", "mix_phase1_into", "mix_phase2_into"}
+    assert {name for name, _ in calls} <= {
+        "arena", "addmm_into", "mix_norm_into", "mix_phase1_into", "mix_phase2_into"}
     assert len([name for name, _ in calls if name == "arena"]) == len(planned) == 1
     arenas = set(re.findall(r"(buf\d+) = torch\.ops\.attnres\.arena", code))
     arenas |= {new for new, old in re.findall(r"(buf\d+) = (buf\d+)$", code, re.MULTILINE) if old in arenas}
@@ -166,6 +169,46 @@ def test_no_row_is_allocated_or_copied(schedule: str, planned: list[Arena]) -> N
     shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\),", code)
     sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
     assert sizes and max(sizes) < 2 * (2 * 7 * WIDTH)  # nothing holds two rows
+
+
+@pytest.mark.parametrize("num_blocks", [3, LAYERS])
+def test_the_arena_is_the_plan(num_blocks: int, planned: list[Arena]) -> None:
+    """Byte for byte, with one layer a block too: then every row but the norms is the product that ends a layer."""
+    model = tower(num_blocks=num_blocks)
+    with torch.no_grad():
+        expected, (result, (code,)) = model(ids(8)), run_and_get_code(fast(model, schedule="one-pass"), ids(8))
+    close(result, expected)
+    (arena,) = planned
+    plan = plan_memory(plans_of(model), 2 * 8, dtype="fp32", schedule="one-pass")
+    assert 4 * arena.numel == plan.choice.layout.arena
+    # The first layer of each block.
+    opening = [place.row for place in arena.places if place.row.maker.target is torch.ops.aten.addmm.default]
+    assert len(opening) == num_blocks == code.count("attnres.addmm_into.default(")
+    # A partial sum goes on over the product, which has another shape.
+    assert num_blocks == LAYERS or {row.node for row in opening} <= {place.row.over for place in arena.places}
+
+
+def test_the_arena_is_the_plan_of_two_streams_in_two_phases(planned: list[Arena]) -> None:
+    """Of an encoder and a decoder of unlike lengths, whose rows share what they use one after the other."""
+    model, _, given = models.CASES["t5"].build()
+    given["decoder_input_ids"] = given["decoder_input_ids"][:, :4].contiguous()
+    lengths = {"encoder": given["input_ids"].numel(), "decoder": given["decoder_input_ids"].numel()}
+    attnres_fx.convert(model.eval(), (), given, num_blocks=2)
+    with torch.no_grad():
+        expected = model(**given).logits
+        close(fast(model, schedule="two-phase")(**given).logits, expected)
+    plan = plan_memory(plans_of(model), lengths, dtype="fp32", schedule="two-phase")
+    assert lengths["encoder"] != lengths["decoder"]
+    assert [4 * arena.numel for arena in planned] == [plan.choice.layout.arena]
+
+
+def test_products_that_inductor_tunes_are_left_to_it(planned: list[Arena]) -> None:
+    model = tower(num_blocks=LAYERS)
+    compiled = fast(model, inductor={"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN"})
+    with torch.no_grad():
+        expected, (result, (code,)) = model(ids(8)), run_and_get_code(compiled, ids(8))
+    close(result, expected)
+    assert planned and "addmm_into" not in code
 
 
 def test_a_row_is_read_where_it_was_written(planned: list[Arena], written: list[tuple[list[int], list[int]]]) -> None:
@@ -228,9 +271,10 @@ def test_a_row_moves_with_its_offset(monkeypatch: pytest.MonkeyPatch, written: l
 
 
 def overlapping(layout: Layout) -> Layout:
-    """The second row, a mix, where the embedding is."""
-    first, second, *rest = layout.placements
-    return replace(layout, placements=(first, replace(second, offset=first.offset), *rest))
+    """The slot of the second row, the product that opens a block, where the embedding is."""
+    first, second, *_ = layout.placements
+    return replace(layout, placements=tuple(
+        replace(place, offset=first.offset) if place.offset == second.offset else place for place in layout.placements))
 
 
 def test_an_overlap_is_caught_and_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,19 +330,71 @@ def test_rows_of_a_number_that_only_the_call_tells(planned: list[Arena]) -> None
     assert planned == []
 
 
+class Pair(nn.Module):
+    """Two towers, for streams of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Tower(), Tower()
+
+
+class Early(Pair):
+    """The second stream's embedding is made before the first stream runs."""
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        x = self.second.embedding(other)
+        head = self.first(one).mean(1, keepdim=True)
+        for layer in self.second.layers:
+            x = x + layer(x)
+        return self.second.head(self.second.norm(x)) * head
+
+
+@pytest.mark.slow
+def test_a_stream_that_begins_early_shares_what_it_uses_late(planned: list[Arena]) -> None:
+    """The embedding has a place of its own; the other rows share."""
+    torch.manual_seed(0)
+    model = attnres_fx.convert(Early(), (ids(5), ids(8)), num_blocks=3)
+    with torch.no_grad():
+        for parameter in model.attnres.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        compiled = fast(model)
+        for lengths in ((5, 8), (6, 11), (12, 3)):
+            given = ids(lengths[0]), ids(lengths[1])
+            close(compiled(*given), model(*given))
+    fixed, symbolic = planned
+    long, short = 2 * 8 * WIDTH, 2 * 5 * WIDTH
+    assert fixed.numel <= 5 * long + short
+    assert isinstance(symbolic.numel, torch.SymInt) and "Max" in str(symbolic.numel), symbolic.numel
+    at = {place.row: (place.offset, place.offset + place.row.value.numel()) for place in symbolic.places}
+    seen = 0
+    for row, (begin, end) in at.items():
+        for other, (start, stop) in at.items():
+            alive = row.first <= other.last and other.first <= row.last
+            if row is not other and alive and row.node is not other.over and other.node is not row.over:
+                seen += 1
+                hints = [number if isinstance(number, int) else number.node.hint for number in (begin, end, start, stop)]
+                assert hints[1] <= hints[2] or hints[3] <= hints[0], (row.name, other.name)
+    assert seen > 20
+
+
+def test_an_overlap_of_sizes_that_a_call_decides_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = attnres_fx.convert(Early(), (ids(5), ids(8)), num_blocks=3)
+    monkeypatch.setattr(arena_pass, "_floors", lambda groups: [list(groups)])
+    compiled = torch.compile(model, backend="attnres", dynamic=True)
+    with torch.no_grad(), pytest.raises(Exception, match="share bytes while both are in use"):
+        compiled(ids(5), ids(8))
+
+
 @pytest.mark.slow
 def test_streams_of_different_lengths_share_what_they_use_one_after_the_other(planned: list[Arena]) -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Tower(), Tower()
-
+    class Late(Pair):
         def forward(self, one: Tensor, other: Tensor) -> Tensor:
             head = self.first(one).mean(1, keepdim=True).mean(-1, keepdim=True)
             return self.second(other, head)
 
     torch.manual_seed(0)
-    model = attnres_fx.convert(Two(), (ids(5), ids(8)), num_blocks=3)
+    model = attnres_fx.convert(Late(), (ids(5), ids(8)), num_blocks=3)
     compiled = fast(model)
     with torch.no_grad():
         for lengths in ((5, 8), (6, 11), (12, 3)):
