@@ -21,10 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from torch import fx
-
-    from attnres_fx.passes.plan import StreamPlan
-    from attnres_fx.report import Report
     from attnres_fx.sources import Source
 
 app = typer.Typer(
@@ -67,33 +63,34 @@ def inspect(
 
     Of a plain SOURCE the blocks and mixes are those that a conversion gives; nothing is written but --dot and --svg.
     """
-    from attnres_fx import graphs
+    from attnres_fx import graphs, source_plans
     from attnres_fx.report import blocks_table, mixes_table, render, schedule_table, schedules
 
     opened = _open(source)
     converted = opened.converted  # before --graph converts a plain model in memory
-    report, plans = _plan(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
+    report, plans = source_plans.plans_of_source(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
     content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": converted, **report.to_dict(),
-                               "plans": [_plan_json(plan) for plan in plans], "schedule": schedules(plans, tokens)}
+                               "plans": [source_plans.plan_json(plan) for plan in plans],
+                               "schedule": schedules(plans, tokens)}
     held = None
     if memory or svg is not None or training:
         from attnres_fx.drawing import draw
         from attnres_fx.memory import buffers_json, buffers_table, plan_graph_memory, plan_memory, summary
 
         if not plans and report.mixes:
-            held = plan_graph_memory(graphs.recognized(_traced(opened)), tokens, training)
+            held = plan_graph_memory(graphs.recognized(source_plans.traced(opened)), tokens, training)
         else:
-            _refuse_without(plans, "no memory to plan", "leave out --memory, --svg and --training")
+            source_plans.refuse_without(plans, "no memory to plan", "leave out --memory, --svg and --training")
             held = plan_memory(plans, tokens, training=training)
         content["memory"] = buffers_json(held)
         if svg is not None:
             _write(svg, draw(held, source))
     if graph or dot is not None:
         if not plans and report.mixes:
-            fused = graphs.recognized(_traced(opened))
+            fused = graphs.recognized(source_plans.traced(opened))
             content["code"], drawing = graphs.readable_code(fused), graphs.dot_of_mixes(fused, source)
         else:
-            pair = graphs.before_and_after(_marked(opened, plans))
+            pair = graphs.before_and_after(source_plans.marked(opened, plans))
             content["code"], drawing = graphs.readable_code(pair.after), graphs.dot(pair, source)
         if dot is not None:
             _write(dot, drawing)
@@ -104,7 +101,7 @@ def inspect(
     if plans:
         heading = "converted:" if converted else "a conversion would give:"
         moved = f"bytes that the mixes move, per token ({tokens:,} tokens in bfloat16 on a GPU):"
-        print("\n" + render(f"{heading} {_summary(plans)}", blocks_table(plans), mixes_table(plans), moved,
+        print("\n" + render(f"{heading} {source_plans.summary(plans)}", blocks_table(plans), mixes_table(plans), moved,
                             schedule_table(plans, tokens)))
     if held is not None:
         print("\n" + render(buffers_table(held), summary(held)))
@@ -118,7 +115,8 @@ def inspect(
 @app.command()
 def plan(
     source: SourceName,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the sequence (of every stream).")] = 4096,
+    tokens: Annotated[str, typer.Option(
+        "--tokens", help="Tokens of the sequence: a number, or one a stream as encoder=1500,decoder=448.")] = "4096",
     dtype: Annotated[str, typer.Option("--dtype", help="Of the streams: bf16, fp16, fp32, fp64.")] = "bf16",
     chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="Prefill reads so many tokens at once.")] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="So many devices share the tokens of a call.")] = 1,
@@ -136,23 +134,24 @@ def plan(
 
     A budget chooses how many queries phase 1 serves at once; blocks stay as they are. Exit code 2 if none fits.
     """
-    from attnres_fx.memory import plan_memory, scopes_table, tiles_table
+    from attnres_fx import source_plans
+    from attnres_fx.memory import plan_memory, scopes_table, tiles_table, tokens_text
     from attnres_fx.report import render
 
     opened = _open(source)
-    report, plans = _plan(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
+    report, plans = source_plans.plans_of_source(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
     remedy = "attnres inspect --memory plans the mixes that it spells out" if report.mixes else "attnres inspect says why"
-    _refuse_without(plans, "no memory to plan", remedy)
+    source_plans.refuse_without(plans, "no memory to plan", remedy)
     budget = int(memory_budget) if memory_budget is not None and memory_budget.isdecimal() else memory_budget
-    held = plan_memory(plans, tokens, dtype=dtype, chunk=chunk, devices=devices, training=training, schedule=schedule,
-                       memory_budget=budget)
+    held = plan_memory(plans, _tokens(tokens), dtype=dtype, chunk=chunk, devices=devices, training=training,
+                       schedule=schedule, memory_budget=budget)
     if as_json:
         _print_json({"source": source, "kind": opened.kind, "converted": opened.converted,
-                     "plans": [_plan_json(found) for found in plans], **held.to_dict()})
+                     "plans": [source_plans.plan_json(found) for found in plans], **held.to_dict()})
         return
-    purpose = "a training step" if training else "inference"
-    print(render(_summary(plans), f"rows of attention residuals, {purpose}, {held.dtype}, schedule {schedule}:",
-                 scopes_table(held), f"by the query tile, {held.scopes[-1].name} ({held.scopes[-1].tokens:,} tokens):",
+    purpose, chosen = "a training step" if training else "inference", held.scopes[-1]
+    print(render(source_plans.summary(plans), f"rows of attention residuals, {purpose}, {held.dtype}, schedule {schedule}:",
+                 scopes_table(held), f"by the query tile, {chosen.name} ({tokens_text(chosen.tokens)} tokens):",
                  tiles_table(held)))
 
 
@@ -174,7 +173,7 @@ def transform(
     attnres.json and attnres.safetensors beside it.
     Read OUT back with attnres_fx.load.
     """
-    from attnres_fx import exported, persistence, pretrained
+    from attnres_fx import exported, persistence, pretrained, source_plans
     from attnres_fx.conversion import convert, plans_of
     from attnres_fx.errors import AlreadyConvertedError, OptionError
     from attnres_fx.files import check_directory
@@ -205,9 +204,9 @@ def transform(
             persistence.save(model, out, overwrite=force)
     if as_json:
         _print_json({"source": source, "kind": opened.kind, "output": str(out),
-                     "plans": [_plan_json(plan) for plan in plans]})
+                     "plans": [source_plans.plan_json(plan) for plan in plans]})
         return
-    print(render(_summary(plans), blocks_table(plans)))
+    print(render(source_plans.summary(plans), blocks_table(plans)))
     print(f"\nwrote {out}")
 
 
@@ -226,7 +225,7 @@ def verify(
     At zero queries that is the plain network, at random ones the definition of the paper. A plain SOURCE is converted
     in memory first. Exit code 1 if a check fails.
     """
-    from attnres_fx import verification
+    from attnres_fx import source_plans, verification
     from attnres_fx.conversion import convert
     from attnres_fx.exported_verification import verify_program
 
@@ -234,7 +233,7 @@ def verify(
     options: dict[str, Any] = {"num_blocks": num_blocks, "layers_per_block": layers_per_block, "mix_scale": mix_scale,
                                "eps": eps, "streams": _names(streams)}
     if opened.converted:
-        _refuse_plan_options(num_blocks, layers_per_block, streams)
+        source_plans.refuse_plan_options(num_blocks, layers_per_block, streams)
     if opened.program is not None:
         result = verify_program(opened.program, **({} if opened.converted else options))
     else:
@@ -293,21 +292,6 @@ def _names(streams: str | None) -> list[str] | None:
     return None if streams is None else [name.strip() for name in streams.split(",") if name.strip()]
 
 
-def _refuse_plan_options(*given: Any) -> None:
-    from attnres_fx.errors import OptionError
-
-    if any(value is not None for value in given):
-        raise OptionError("the source is converted already, and its blocks are fixed",
-                          remedy="leave out --num-blocks, --layers-per-block and --streams")
-
-
-def _refuse_without(plans: Sequence[StreamPlan], what: str, remedy: str) -> None:
-    from attnres_fx.errors import NoStreamError
-
-    if not plans:
-        raise NoStreamError(f"no stream of the source can be converted, so that there is {what}", remedy=remedy)
-
-
 def _write(path: Path, text: str) -> None:
     from attnres_fx.files import whole_file
 
@@ -315,73 +299,19 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _plan(
-    opened: Source, num_blocks: int | None, layers_per_block: int | None, streams: list[str] | None, mix_scale: str
-) -> tuple[Report, list[StreamPlan]]:
-    """What is found in the source, and the plans: the recorded ones, or those that a conversion would fix."""
-    from attnres_fx.analysis import report_of
-    from attnres_fx.conversion import plan_streams, plans_of
-    from attnres_fx.errors import NoStreamError
-
-    gm = _traced(opened)
-    report = report_of(gm, opened.model)
-    if opened.converted:
-        _refuse_plan_options(num_blocks, layers_per_block, streams)
-        return report, list(opened.program.plans) if opened.program is not None else plans_of(opened.model)
-    if not report.streams and not report.mixes:
-        raise NoStreamError(f"no residual stream was found in the model: {report.seen}",
-                            remedy="attention residuals need additions x + f(x) around the layers of a transformer")
-    chosen = streams if streams is not None else [stream.name for stream in report.streams if stream.convertible]
-    if not chosen and streams is None:
-        return report, []
-    return report, plan_streams(gm, opened.model, num_blocks=num_blocks, layers_per_block=layers_per_block,
-                                streams=chosen, mix_scale=mix_scale)
-
-
-def _traced(opened: Source) -> fx.GraphModule:
-    """The graph of the source as it is."""
-    from attnres_fx.passes.capture import capture
-    from attnres_fx.passes.graph import copy_graph_module
-
-    if opened.program is not None:
-        return copy_graph_module(opened.program.module)
-    return capture(opened.model, opened.args, opened.kwargs)[0]
-
-
-def _marked(opened: Source, plans: list[StreamPlan]) -> fx.GraphModule:
-    """The graph of the source with markers, converted in memory if it is not."""
-    from attnres_fx.conversion import attach, parameter_dtype
+def _tokens(text: str) -> int | dict[str, int]:
+    """The value of --tokens: a number, or numbers by the names of streams."""
     from attnres_fx.errors import OptionError
-    from attnres_fx.exported import mark_program
-    from attnres_fx.passes.capture import capture
 
-    _refuse_without(plans, "no rewritten graph to show", "leave out --graph and --dot to see the reasons")
-    if opened.program is not None:
-        if opened.converted:
-            raise OptionError("a converted .pt2 holds the rewritten graph alone, and nothing to compare it with",
-                              remedy="inspect the plain program with --graph")
-        return mark_program(opened.program, plans)
-    if not opened.converted:
-        attach(opened.model, plans, parameter_dtype(opened.model))
-    return capture(opened.model, opened.args, opened.kwargs)[0]
-
-
-def _summary(plans: Sequence[StreamPlan]) -> str:
-    return "; ".join(
-        f"stream '{plan.name}': {plan.num_layers} layers of width {plan.width} in {plan.num_blocks} blocks, "
-        f"{plan.num_layers} mixes ({plan.mix_scale})" for plan in plans)
-
-
-def _plan_json(plan: StreamPlan) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from attnres_fx.passes.partition import sources_at
-
-    mixes = []
-    for position in range(1, plan.num_layers + 1):
-        found = sources_at(plan.boundaries, position)
-        mixes.append({"position": position, "blocks": found.blocks + 1, "partial": found.partial})
-    return {**asdict(plan), "mixes": mixes}
+    parts = [part.partition("=")[::2] for part in text.split(",")]
+    numbers = [int(count or name) if (count or name).strip().isdecimal() else 0 for name, count in parts]
+    if min(numbers) > 0:
+        if text.count("=") == len(parts):
+            return {name.strip(): number for (name, _), number in zip(parts, numbers, strict=True)}
+        if len(parts) == 1:
+            return numbers[0]
+    raise OptionError(f"--tokens is '{text}'", remedy="give a whole number of 1 or more, or one for each stream as "
+                                                      "--tokens encoder=1500,decoder=448")
 
 
 def _print_json(content: dict[str, Any]) -> None:

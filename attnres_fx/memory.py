@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from attnres_fx.passes.budget import (
 )
 from attnres_fx.passes.check_layout import check_layout
 from attnres_fx.passes.layout import Layout, plan_layout
-from attnres_fx.passes.lifetimes import BLOCK, PHASE1_ROW, lifetimes, live_bytes
+from attnres_fx.passes.lifetimes import BLOCK, PHASE1_ROW, Tokens, lifetimes, live_bytes
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.schedule import SCHEDULES
 from attnres_fx.passes.steps import steps_of_graph
@@ -34,10 +34,12 @@ _SPELLED = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "f
 
 @dataclass(frozen=True)
 class Scope:
-    """The tokens of one call on one device, what the blocks take for them (b_1 to b_N: N T d), and the layout."""
+    """The tokens of one call on one device (by stream where they differ), what the blocks take for them (b_1 to b_N: N T d),
+    and the layout.
+    """
 
     name: str
-    tokens: int
+    tokens: int | dict[str, int]
     blocks: int
     layout: Layout
 
@@ -67,13 +69,15 @@ class MemoryPlan:
 
 
 def plan_memory(
-    plans: Sequence[StreamPlan], tokens: int, *, dtype: str = "bf16", chunk: int | None = None, devices: int = 1,
+    plans: Sequence[StreamPlan], tokens: int | Mapping[str, int], *, dtype: str = "bf16", chunk: int | None = None,
+    devices: int = 1,
     training: bool = False, schedule: str = "auto", memory_budget: str | int | None = None,
 ) -> MemoryPlan:
-    """The memory plan of converted streams for a sequence of so many tokens, all streams alike; nothing is run.
+    """The memory plan of converted streams for a sequence of so many tokens; nothing is run.
 
-    ``chunk``: a prefill that reads so many tokens at once. ``devices`` share the tokens of a call. ``memory_budget`` is for
-    one device: text as "512MB", or bytes per token.
+    ``tokens``: of all streams alike, or of each by its name. ``chunk``: a prefill that reads so many tokens at once.
+    ``devices`` share the tokens of a call. ``memory_budget`` is for one device: text as "512MB", or bytes per token of the
+    longest stream.
 
     Raises: OptionError for a value that has no meaning; MemoryBudgetError if no query tile fits into the budget.
     """
@@ -85,15 +89,16 @@ def plan_memory(
     if training and chunk is not None:
         raise OptionError("a training step was asked for in chunks",
                           remedy="leave out chunk, which is for prefill: a backward needs the rows of all tokens")
-    held = tokens_per_device(tokens, chunk, devices)
-    setting = Setting(held, ELEMENTS[name], training, schedule)
-    budget = None if memory_budget is None else parse_budget(memory_budget, held)
+    counts = _of_streams(plans, tokens)
+    held = {stream: tokens_per_device(count, chunk, devices) for stream, count in counts.items()}
+    setting = Setting(_sizes_of(held), ELEMENTS[name], training, schedule)
+    budget = None if memory_budget is None else parse_budget(memory_budget, max(held.values()))
     tiles = tilings(plans, setting)
     choice = choose_tile(tiles, budget)
     check_layout(choice.layout)
-    row = sum(plan.num_blocks * plan.width * setting.element for plan in plans)
-    scopes = tuple(Scope(name, count, count * row, plan_layout(choice.buffers, count))
-                   for name, count in _scopes(tokens, chunk, devices))
+    scopes = tuple(
+        Scope(name, _alike(scope), sum(plan.num_blocks * plan.width * setting.element * scope[plan.name] for plan in plans),
+              plan_layout(choice.buffers, _sizes_of(scope))) for name, scope in _scopes(counts, chunk, devices))
     return MemoryPlan(name, budget, choice, tuple(tiles), scopes)
 
 
@@ -115,14 +120,45 @@ def plan_graph_memory(gm: fx.GraphModule, tokens: int, training: bool = False) -
                       (Scope("sequence", tokens, blocks, layout),))
 
 
-def _scopes(tokens: int, chunk: int | None, devices: int) -> list[tuple[str, int]]:
+def _of_streams(plans: Sequence[StreamPlan], tokens: int | Mapping[str, int]) -> dict[str, int]:
+    """The tokens of each stream by its name. Raises OptionError unless every stream has some, and nothing else."""
+    names = [plan.name for plan in plans]
+    if not isinstance(tokens, Mapping):
+        return dict.fromkeys(names, tokens)
+    if set(tokens) != set(names) or any(count < 1 for count in tokens.values()):
+        given = ", ".join(f"{name}={count}" for name, count in tokens.items())
+        raise OptionError(f"tokens are given as {given}",
+                          remedy=f"give one number for all streams, or one of 1 or more for each of {', '.join(names)}")
+    return {name: tokens[name] for name in names}
+
+
+def _alike(counts: dict[str, int]) -> int | dict[str, int]:
+    """One number where all streams have as many tokens."""
+    return next(iter(counts.values())) if len(set(counts.values())) == 1 else counts
+
+
+def _sizes_of(counts: dict[str, int]) -> Tokens:
+    """The same by the names that buffers give to numbers of tokens."""
+    alike = _alike(counts)
+    return alike if isinstance(alike, int) else {f"T_{name}": count for name, count in counts.items()}
+
+
+def _scopes(counts: dict[str, int], chunk: int | None, devices: int) -> list[tuple[str, dict[str, int]]]:
+    def held(chunk: int | None, devices: int) -> dict[str, int]:
+        return {name: tokens_per_device(count, chunk, devices) for name, count in counts.items()}
+
     each = f" on {devices} devices" if devices > 1 else ""
-    found = [("sequence", tokens)]
+    found = [("sequence", counts)]
     if devices > 1:
-        found.append((f"sequence{each}", tokens_per_device(tokens, None, devices)))
+        found.append((f"sequence{each}", held(None, devices)))
     if chunk is not None:
-        found.append((f"chunk of {min(chunk, tokens):,}{each}", tokens_per_device(tokens, chunk, devices)))
+        found.append((f"chunk of {min(chunk, max(counts.values())):,}{each}", held(chunk, devices)))
     return found
+
+
+def tokens_text(tokens: int | Mapping[str, int]) -> str:
+    """Numbers of tokens for people."""
+    return f"{tokens:,}" if isinstance(tokens, int) else ", ".join(f"{name} {count:,}" for name, count in tokens.items())
 
 
 def _sizes(layout: Layout) -> dict[str, Any]:
@@ -144,8 +180,8 @@ def scopes_table(memory: MemoryPlan) -> Any:
     table = Table("for", "tokens", "blocks b_1 to b_N", "planned peak", "lower bound", "without sharing", "ratio")
     for scope in memory.scopes:
         layout = scope.layout
-        table.add_row(scope.name, f"{scope.tokens:,}", *map(bytes_text, (scope.blocks, layout.arena, layout.lower_bound,
-                                                                         layout.naive)), f"{layout.ratio:.3f}")
+        held = (scope.blocks, layout.arena, layout.lower_bound, layout.naive)
+        table.add_row(scope.name, tokens_text(scope.tokens), *map(bytes_text, held), f"{layout.ratio:.3f}")
     return table
 
 
@@ -184,7 +220,7 @@ def summary(memory: MemoryPlan) -> str:
         counted += f", {steps}-{2 * steps - 1} the backward"
     read = f"phase 1 serves {memory.choice.tile} queries at most" if memory.choice.tile > 1 else "mixes are read in one pass"
     return "\n".join([
-        f"{purpose}, {memory.scopes[-1].tokens:,} tokens, {memory.dtype}; {counted}; {read}",
+        f"{purpose}, {tokens_text(memory.scopes[-1].tokens)} tokens, {memory.dtype}; {counted}; {read}",
         f"without sharing {bytes_text(layout.naive)}: {len(layout.placements)} buffers, each its own",
         f"planned {bytes_text(layout.arena)} in {layout.slots} slots, lower bound {bytes_text(layout.lower_bound)}, "
         f"ratio {layout.ratio:.3f}, fragmentation {layout.fragmentation:.1%}",

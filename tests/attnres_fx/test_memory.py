@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as Xml
 
 import pytest
@@ -91,6 +92,37 @@ def test_a_budget_chooses_the_tile_and_never_the_blocks(wide: str, attnres: Attn
     code, out, err = attnres(*arguments, "--memory-budget", f"{least - 1}B")
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert f"the least possible is {least:,} bytes" in err and "What to do: give" in err
+
+
+def test_every_stream_has_its_own_length(attnres: Attnres) -> None:
+    """Of an encoder and a decoder of width 32 in two blocks each; the lengths come in any order."""
+    def planned(tokens: object, *more: object) -> list[dict[str, Any]]:
+        code, out, err = attnres("plan", "models:_t5", "--num-blocks", 2, "--tokens", tokens, *more, "--json")
+        assert (code, err) == (0, "")
+        scopes: list[dict[str, Any]] = json.loads(out)["scopes"]
+        return scopes
+
+    (apart,) = planned("decoder=448,encoder=1500")
+    assert apart["tokens"] == {"encoder": 1500, "decoder": 448}
+    assert apart["blocks"] == 2 * 32 * 2 * (1500 + 448)
+    (short,), (long,) = planned(448), planned("encoder=1500,decoder=1500")
+    assert long == planned(1500)[0] and long["tokens"] == 1500
+    # The decoder's rows lie where the encoder's have been, and are shorter here.
+    assert short["planned"] < apart["planned"] == long["planned"] and apart["naive"] < long["naive"]
+    assert apart["lower_bound"] <= apart["planned"] <= 1.05 * apart["lower_bound"]
+    sequence, shared, chunk = planned("encoder=1500,decoder=448", "--chunk", 1000, "--devices", 2)
+    assert sequence == apart
+    assert shared["tokens"] == {"encoder": 750, "decoder": 224} and chunk["tokens"] == {"encoder": 500, "decoder": 224}
+    shown = attnres("plan", "models:_t5", "--tokens", "encoder=1500,decoder=448")[1]
+    assert "encoder 1,500" in shown
+
+
+@pytest.mark.parametrize("tokens, told", [
+    ("encoder=5", "each of encoder, decoder"), ("encoder=5,decoder=6,vision=7", "encoder, decoder"), ("1,2", "--tokens"),
+    ("encoder=0,decoder=2", "--tokens"), ("encoder=many", "--tokens"), ("", "--tokens"), ("-4", "--tokens")])
+def test_lengths_that_make_no_sense(tokens: str, told: str, attnres: Attnres) -> None:
+    code, out, err = attnres("plan", "models:_t5", "--tokens", tokens)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and told in err
 
 
 @pytest.mark.parametrize("arguments, told", [
