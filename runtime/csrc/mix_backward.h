@@ -155,7 +155,7 @@ class Backward {
       with[2 * m + 1] = pulled_ + m * padded_;
     }
     const A factor = static_cast<A>(job_.a.options.factor);
-    Cursor<T> rows(job_.places, begin, end);
+    Cursor<T, 1> rows(job_.places, begin, end);
     for (int64_t row = begin; row < end; ++row) {
       rows.step(row);
       for (int64_t m = 0; m < queries_; ++m) {
@@ -170,7 +170,7 @@ class Backward {
           pulls_[m * count_ + i] = sums[2 + 2 * m];
         }
       }
-      give(row, rows, inverse.data(), scores.data(), row + 1 < end);
+      give(row, rows.here, inverse.data(), scores.data(), row + 1 < end);
     }
   }
 
@@ -190,7 +190,7 @@ class Backward {
         row_sums<T, 1>(sweep.rows.here[i], nullptr, with, width_, sums);
         pulls_[i] = sums[1];
       }
-      give(row, sweep.rows, sweep.inverse.data(), sweep.scores.data(), false);
+      give(row, sweep.rows.here, sweep.inverse.data(), sweep.scores.data(), false);
     }
   }
 
@@ -202,7 +202,7 @@ class Backward {
   }
 
   // The gradients of the sources, and of what phase 1 has read, from the sums over their rows.
-  void give(int64_t row, const Cursor<T>& rows, const A* inverse, const A* scores, bool fetch) {
+  void give(int64_t row, const T* const* rows, const A* inverse, const A* scores, bool fetch) {
     c10::SmallVector<A, 16> lse_grads(job_.lse_grads.size());
     for (size_t m = 0; m < lse_grads.size(); ++m) {
       lse_grads[m] = *row_at<A>(job_.lse_grads[m], row);
@@ -225,7 +225,7 @@ class Backward {
     for (T*& out : to) {
       out += row * width_;
     }
-    const Position<T> here{rows.here.data(), to.data(),
+    const Position<T> here{rows, to.data(),
                            job_.partial_grads == nullptr ? nullptr : row_at<T>(*job_.partial_grads, row)};
     job_.stream ? source_grads<T, true>(gradient_, here) : source_grads<T, false>(gradient_, here);
   }

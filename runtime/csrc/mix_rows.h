@@ -11,7 +11,7 @@ inline typename Vec::value_type total(const Vec& vec) {
   return at::vec::vec_reduce_all<Value>([](Vec& x, Vec& y) { return x + y; }, vec);
 }
 
-// Ask for the rows of the next position while this one is computed: rows of several sources lie far apart, and the
+// Ask for the rows of a later position while this one is computed: rows of several sources lie far apart, and the
 // hardware follows a source only after it has missed on it.
 template <typename T>
 inline void fetch(const T* next, int64_t column) {

@@ -6,33 +6,46 @@
 namespace attnres {
 namespace {
 
-// Sources are taken in groups of about this many bytes a row, which stay in the first-level cache between the sums over a
-// row and its part of the weighted sum.
-constexpr int64_t kGroupBytes = 20 * 1024;
+// Sources are taken in groups, whose rows stay in a cache between the sums over them and their part of the weighted sum. Each
+// group after the first reads and writes the sums so far: so where the first-level cache has room for few rows only, it is
+// the second.
+inline int64_t group_of(int64_t row_bytes) {
+  constexpr int64_t first_level = 20 * 1024, second_level = 160 * 1024, few = 5;
+  const int64_t rows = first_level / row_bytes;
+  return rows >= few ? rows : std::max<int64_t>(1, second_level / row_bytes);
+}
 
-// The rows of one position, and those of the next to be fetched meanwhile; null after the last.
-template <typename T>
+// The rows of one position, and those `Ahead` positions later to be fetched meanwhile; null after the last. A forward is done
+// with short rows before the next come if it asks for them only then; what also writes rows is not.
+template <typename T, int64_t Ahead>
 class Cursor {
  public:
-  c10::SmallVector<const T*, 32> here, next;
+  const T** here = nullptr;
+  const T* const* next = nullptr;
 
   Cursor(const Places& places, int64_t begin, int64_t end)
-      : here(places.size()), next(places.size()), places_(places), end_(end) {
-    follow(begin);
+      : places_(places), end_(end), ring_((Ahead + 1) * places.size()) {
+    for (int64_t row = begin; row < begin + Ahead; ++row) {
+      follow(row);
+    }
   }
   void step(int64_t row) {
-    std::swap(here, next);
-    follow(row + 1);
+    here = at(row);
+    next = follow(row + Ahead);
   }
 
  private:
   const Places& places_;
   int64_t end_;
+  c10::SmallVector<const T*, 48> ring_;
 
-  void follow(int64_t row) {
+  const T** at(int64_t row) { return ring_.data() + row % (Ahead + 1) * static_cast<int64_t>(places_.size()); }
+  const T** follow(int64_t row) {
+    const T** const to = at(row);
     for (size_t i = 0; i < places_.size(); ++i) {
-      next[i] = row < end_ ? row_at<T>(places_[i], row) : nullptr;
+      to[i] = row < end_ ? row_at<T>(places_[i], row) : nullptr;
     }
+    return to;
   }
 };
 
@@ -50,7 +63,8 @@ template <typename T>
 class Sweep {
  public:
   using A = Acc<T>;
-  Cursor<T> rows;
+  static constexpr int64_t kAhead = 2;
+  Cursor<T, kAhead> rows;
   c10::SmallVector<A, 64> inverse, scores;
 
   // `keep`: the mixes may stay in `mixed`, and not only be rounded to a row.
@@ -66,7 +80,7 @@ class Sweep {
         end_(end),
         count_(a.count()),
         width_(a.width()),
-        group_(std::max<int64_t>(1, kGroupBytes / (width_ * static_cast<int64_t>(sizeof(T))))),
+        group_(group_of(width_ * static_cast<int64_t>(sizeof(T)))),
         weights_(count_),
         found_(1 + parameters.queries),
         running_(parameters.queries),
@@ -107,7 +121,7 @@ class Sweep {
           weights_[i] *= inverse[i];
         }
         const bool last = high == count_;
-        add_group<T>({rows.here.data() + low, weights_.data() + low, high - low, low == 0, earlier,
+        add_group<T>({rows.here + low, weights_.data() + low, high - low, low == 0, earlier,
                       sums_.get() + m * parameters_.padded, last, out == nullptr ? nullptr : out[m],
                       factor / running_[m].total, options_.normalize ? parameters_.gain(m) : nullptr, mixed,
                       mixed != nullptr ? factor * running_[m].share(lse) : A(0)}, width_);
@@ -130,8 +144,8 @@ class Sweep {
   Buffer<A> sums_;
 
   void fetch_after(int64_t row, const Rows& of) const {
-    if (row + 1 < end_) {
-      fetch_row(row_at<T>(of, row + 1), width_);
+    if (row + kAhead < end_) {
+      fetch_row(row_at<T>(of, row + kAhead), width_);
     }
   }
 

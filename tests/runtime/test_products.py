@@ -40,7 +40,7 @@ def test_mm(write: Callable[..., None], n: int, k: int, m: int, dtype: torch.dty
     left, right = torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype).t()  # as the weight of nn.Linear
     arena, out = slot(n, m, dtype)
     write(left, right, product_out=out)
-    assert torch.equal(out, torch.mm(left, right))
+    torch.testing.assert_close(out, torch.mm(left, right))  # which kernel computes a product may depend on where it goes
     assert arena.isnan().sum() == 10
 
 
@@ -51,7 +51,7 @@ def test_addmm(write: Callable[..., None], dtype: torch.dtype) -> None:
     for bias, factors in ((torch.randn(9), {}), (torch.randn(6, 9), {"beta": 0.5, "alpha": 2})):
         arena, out = slot(6, 9, dtype)
         write(bias.to(dtype), left, right, **factors, product_out=out)
-        assert torch.equal(out, torch.addmm(bias.to(dtype), left, right, **factors))
+        torch.testing.assert_close(out, torch.addmm(bias.to(dtype), left, right, **factors))
         assert arena.isnan().sum() == 10
 
 
