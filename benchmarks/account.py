@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import model as whole_models
 
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "mkl::", "cpp_CppMicroGemm", "cpp_fused_mm"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "mkl::", "cpp_CppMicroGemm", "cpp_fused_mm",
+                        "attnres::mm_into", "attnres::addmm_into"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash"),
-    "mixes": ("attnres::",),
+    "mixes": ("attnres::mix", "attnres::arena"),
     "Inductor's kernels": ("cpp_fused", "graph_"),
 }
 WHOLE = "whole call"
