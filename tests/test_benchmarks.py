@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +98,19 @@ def test_mix_norm_benchmark_runs() -> None:
     results = load_script("benchmarks/mix_norm.py").main(["--quick"])
     assert [len(taken) for _, taken in results] == [3] * 4
     assert all(time > 0 for _, taken in results for times in taken.values() for time in times)
+
+
+def test_the_traffic_of_a_mix_is_counted() -> None:
+    """One pass reads each source once and writes one row. In a process of its own: Triton is an interpreter there."""
+    script = Path(__file__).parent.parent / "benchmarks" / "traffic.py"
+    done = subprocess.run([sys.executable, str(script), "--sources", "2", "9", "--width", "64", "--tokens", "32", "--json"],
+                          capture_output=True, text=True, timeout=300, check=True)
+    content = json.loads(done.stdout)
+    for count, (forward, backward) in content["rows"]["attnres_fx"].items():
+        assert forward == int(count) + 1
+        assert 2 * int(count) + 1 < backward < 2 * int(count) + 2  # the sources and a gradient, a gradient a source; sums
+    assert content["network"]["paper, two phases"] == 5.5
+    assert 5.5 < content["network"]["two phases"] < content["network"]["one pass"]
 
 
 @pytest.mark.slow
