@@ -102,7 +102,7 @@ def test_mix_norm_benchmark_runs() -> None:
 
 def test_the_traffic_of_a_mix_is_counted() -> None:
     """One pass reads each source once and writes one row. In a process of its own: Triton is an interpreter there."""
-    script = Path(__file__).parent.parent / "benchmarks" / "traffic.py"
+    script = Path(__file__).parent.parent / "benchmarks" / "kernel_traffic.py"
     done = subprocess.run([sys.executable, str(script), "--sources", "2", "9", "--width", "64", "--tokens", "32", "--json"],
                           capture_output=True, text=True, timeout=300, check=True)
     content = json.loads(done.stdout)

@@ -15,8 +15,8 @@ inline int64_t group_of(int64_t row_bytes) {
   return rows >= few ? rows : std::max<int64_t>(1, second_level / row_bytes);
 }
 
-// The rows of one position, and those `Ahead` positions later to be fetched meanwhile; null after the last. A forward is done
-// with short rows before the next come if it asks for them only then; what also writes rows is not.
+// The rows of one position, and those `Ahead` positions later to be fetched meanwhile; null after the last. A sweep is
+// done with short rows before the next come if it asks for them only then; the backward of a mix, which writes rows, is not.
 template <typename T, int64_t Ahead>
 class Cursor {
  public:

@@ -28,7 +28,7 @@ def _loaded() -> None:
 
 
 def slot(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An arena of NaNs, and a matrix in it at an odd place."""
+    """An arena of NaNs, and a matrix in it at an odd place: which kernel computes a product may depend on where it goes."""
     arena = torch.full((rows * columns + 10,), torch.nan, dtype=dtype)
     return arena, arena[5:-5].view(rows, columns)
 
@@ -40,7 +40,8 @@ def test_mm(write: Callable[..., None], n: int, k: int, m: int, dtype: torch.dty
     left, right = torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype).t()  # as the weight of nn.Linear
     arena, out = slot(n, m, dtype)
     write(left, right, product_out=out)
-    torch.testing.assert_close(out, torch.mm(left, right))  # which kernel computes a product may depend on where it goes
+    assert torch.equal(out, torch.mm(left, right, out=slot(n, m, dtype)[1]))
+    torch.testing.assert_close(out, torch.mm(left, right))
     assert arena.isnan().sum() == 10
 
 
@@ -51,7 +52,9 @@ def test_addmm(write: Callable[..., None], dtype: torch.dtype) -> None:
     for bias, factors in ((torch.randn(9), {}), (torch.randn(6, 9), {"beta": 0.5, "alpha": 2})):
         arena, out = slot(6, 9, dtype)
         write(bias.to(dtype), left, right, **factors, product_out=out)
-        torch.testing.assert_close(out, torch.addmm(bias.to(dtype), left, right, **factors))
+        arguments = bias.to(dtype), left, right
+        assert torch.equal(out, torch.addmm(*arguments, **factors, out=slot(6, 9, dtype)[1]))
+        torch.testing.assert_close(out, torch.addmm(*arguments, **factors))
         assert arena.isnan().sum() == 10
 
 

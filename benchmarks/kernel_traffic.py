@@ -1,6 +1,6 @@
 """Bytes that the Triton kernels move, counted in Triton's interpreter, beside the paper's count and a peer's kernels.
 
-    python benchmarks/traffic.py                 (no GPU is used)
+    python benchmarks/kernel_traffic.py                 (no GPU is used)
 
 By mix: rows of d stored elements that a token loads and stores, forward and backward, for so many sources in bfloat16.
 Queries and gains are left out: they belong to no token, and stay in a cache. One program walks over all tokens, so that the
