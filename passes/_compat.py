@@ -144,6 +144,23 @@ def tunes_products() -> bool:
     return bool(config.max_autotune or config.max_autotune_gemm)
 
 
+_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+                       torch.ops.aten.baddbmm.default, torch.ops.aten.convolution.default})
+
+
+def runs_in_place_order(target: Any) -> bool:
+    """Whether Inductor surely computes an operator where it stands in the graph, from inputs that are stored by then.
+
+    Loops over elements it computes where somebody needs their result, as part of what needs it, and may do so twice.
+    """
+    from torch._inductor.lowering import fallbacks, lowerings
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    own = target.namespace == "attnres" or target in _PRODUCTS or target is torch.ops.aten.copy_.default
+    return own or target in fallbacks or target not in lowerings
+
+
 def numbers_as_nodes(graph: fx.Graph) -> Callable[[Any], Any]:
     """Makes arguments of nodes from numbers: integers stay, symbolic ones become nodes that compute them from the inputs."""
     from torch.fx.experimental.proxy_tensor import py_sym_types

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from attnres_fx.passes._compat import fake_mode_of, hinted, numbers_as_nodes
+from attnres_fx.passes.check_arena import check_arena
 from attnres_fx.passes.check_layout import check_layout
 from attnres_fx.passes.graph import value_of
 from attnres_fx.passes.layout import ALIGNMENT, Layout, Placement, plan_layout
@@ -178,6 +179,7 @@ def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
         return
     number = numbers_as_nodes(graph)
     outputs: dict[fx.Node, dict[int | None, tuple[fx.Node, Place]]] = {}
+    memories = []
     for arena in plan_arenas(rows):
         value = arena.places[0].row.value
         log.info("placed %d rows of %s in %s elements of one arena", len(arena.places), value.dtype, arena.numel)
@@ -186,6 +188,7 @@ def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
         with graph.inserting_before(begin):
             memory = (_lease(graph, given[0], arena.numel, value, number) if leased and given
                       else _empty(graph, [arena.numel], value, number))
+        memories.append(memory)
         for place in arena.places:
             outputs.setdefault(place.row.maker, {})[place.row.index] = memory, place
     for maker, places in outputs.items():
@@ -196,6 +199,7 @@ def _place(graph: fx.Graph, rows: Sequence[Row], leased: bool) -> None:
         if maker.target not in _WRITES:
             with graph.inserting_after(maker):
                 _move(graph, maker, views[None])
+    check_arena(graph, memories)
 
 
 def _lease(graph: fx.Graph, near: fx.Node, numel: Number, like: torch.Tensor, number: Numbers) -> fx.Node:

@@ -1,26 +1,40 @@
 """Rows: what the operators of attention residuals write in a graph after AOTAutograd, how long, and where it may lie.
 
 Analysis. Here the kernels are selected and next to nothing is changed in place, so that a row is in use from the node that
-makes it to the last node that reads it or what may be a view of it (some become views whose schema does not say so).
+makes it to the last moment at which something reads it. The rules, which :mod:`attnres_fx.passes.check_arena` checks again
+on the graph that comes of them, by a way of its own:
+
+1. A row fills its memory in the order of its elements (contiguous strides); no other layout is placed.
+2. Everything that shares its memory is a view whose place follows from the row's own (``as_strided`` names a place in the
+   memory, whoever owns it). Some operators become views though their schema does not say so.
+3. Readers surely change nothing and keep nothing: what a graph returns, or may change in place, is not placed.
+4. Inductor computes most operators where their result is needed, and there reads their inputs. A row is in use until the
+   last place where something that is made of it in this way is needed.
+5. A sum takes the memory of the partial sum that it completes only where it reads it in the very order in which it writes.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnres_fx.passes._compat import input_symbols, symbols_of, tunes_products
+from attnres_fx.passes._compat import input_symbols, runs_in_place_order, symbols_of, tunes_products
 from attnres_fx.passes.graph import same_size, value_of
-from attnres_fx.passes.vocabulary import argument, is_mutation, viewed
+from attnres_fx.passes.vocabulary import argument, is_mutation, op_name, viewed
 from attnres_fx.runtime.into import INTO
 from attnres_fx.runtime.operators import VARIANTS, operator_of
 from attnres_fx.runtime.products import PRODUCTS
 
 _MIX_NORMS = frozenset(operator_of("mix_norm", variant) for variant in VARIANTS)
+# Operators of operators that change nothing they are given. (What they would change is copied first.)
+_PURE = frozenset({"cond", "while_loop", "scan", "associative_scan", "map_impl", "invoke_subgraph", "flex_attention",
+                   "flex_attention_backward", "auto_functionalized", "auto_functionalized_v2",
+                   "triton_kernel_wrapper_functional"})
 _PHASE2 = frozenset(operator_of("mix_phase2", variant) for variant in VARIANTS)
 
 
@@ -48,9 +62,9 @@ class Row:
 def rows_of_call(graph: fx.Graph) -> list[Row]:
     """The rows of a graph without a backward that nobody sees after the call, in the order in which they are made."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    found = _rows(graph, order, returns=False)
+    found, needed = _rows(graph, order, returns=False)
     own = {row.node for row in found}
-    return [_over(row, own, order) for row in found]
+    return [_over(row, own, needed) for row in found]
 
 
 def rows_for_backward(graph: fx.Graph, returned: int) -> list[Row]:
@@ -63,38 +77,69 @@ def rows_for_backward(graph: fx.Graph, returned: int) -> list[Row]:
     order = {node: index for index, node in enumerate(graph.nodes)}
     seen = {source for output in outputs[:returned] if isinstance(output, fx.Node) for source in _viewed_through(output)}
     kept = {_memory(output) for output in outputs[returned:] if isinstance(output, fx.Node)}
-    found = _rows(graph, order, returns=True)
+    found, _ = _rows(graph, order, returns=True)
     partial = {_earlier(row.maker) for row in found}
     read = _read_by_mixes(graph)
     return [row for row in found if row.node in kept and row.node not in seen | partial
             and (row.node in read or (row.index == 1 and row.maker.target in _MIX_NORMS))]
 
 
-def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> list[Row]:
-    """The rows that a graph makes, of sizes that its inputs tell; with ``returns`` also those that it returns."""
+def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> tuple[list[Row], dict[fx.Node, int]]:
+    """The rows that a graph makes, of sizes that its inputs tell, with ``returns`` also those that it returns; and
+    :func:`needed_until`.
+    """
     read, known = _read_by_mixes(graph), input_symbols(graph)
-    rows = []
+    found = []
     for node in graph.nodes:
         for index, tensor, value in _made_by(node, read):
-            readers = _readers(tensor) if tensor is not None else set()
             sized = all(symbols_of(size) <= known for size in value.shape)
-            if sized and _is_dense(value) and all(_only_reads(reader) or (returns and reader.op == "output")
-                                                  for reader in readers):
-                last = max((order[reader] for reader in readers), default=order[node])
-                rows.append(Row(node, index, tensor, value, order[node], last))
-    return rows
+            if sized and is_dense(value) and (tensor is None or _may_move(tensor, returns)):
+                found.append((node, index, tensor, value))
+    needed = needed_until(graph, order, {node for node, *_ in found})
+    rows = [Row(node, index, tensor, value, order[node], max([order[node], *(needed[user] for user in users)]))
+            for node, index, tensor, value in found for users in [tensor.users if tensor is not None else ()]]
+    return rows, needed
 
 
-def _only_reads(node: fx.Node) -> bool:
-    """Whether ``node`` surely neither changes what it is given nor reads it later on. What Inductor has a lowering of its
-    own for, as for a convolution that adds to an input in place, may change it; a collective reads until it is waited for;
-    and what returns memory that it was given, but is no view that we know, may be read at any time.
+def needed_until(graph: fx.Graph, order: dict[fx.Node, int], placed: Collection[fx.Node] = ()) -> dict[fx.Node, int]:
+    """For each node the last place at which its inputs may be read.
+
+    ``placed`` are the nodes whose result is stored at once, because it has a place of its own.
     """
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
+    until: dict[fx.Node, int] = {}
+    for node in reversed(graph.nodes):
+        later = () if node in placed or runs_in_place_order(node.target) else node.users
+        until[node] = max([order[node], *(until[user] for user in later)])
+    return until
+
+
+def _may_move(tensor: fx.Node, returns: bool) -> bool:
+    """Whether all that reads the memory of ``tensor`` does so wherever that memory is."""
+    readers, views = _readers(tensor)
+    return not any(_names_its_place(view) for view in views) and all(
+        (_only_reads(reader, views) or (returns and reader.op == "output")) for reader in readers)
+
+
+def _names_its_place(view: fx.Node) -> bool:
+    """Whether a view is taken by its place in the memory, which is another one in an arena."""
+    return op_name(view).startswith("as_strided")
+
+
+def _only_reads(node: fx.Node, names: Collection[fx.Node]) -> bool:
+    """Whether ``node`` surely neither changes what it is given as one of ``names`` nor reads it later on. What Inductor has
+    a lowering of its own for, as for a convolution that adds to an input in place, may change it; a collective reads until
+    it is waited for; and what returns memory that it was given, but is no view that we know, may be read at any time.
+    """
+    target = node.target
+    if target is torch.ops.aten.copy_.default:
+        return node.args[0] not in names
+    if isinstance(target, torch._ops.OpOverload):
+        schema = target._schema
         keeps = schema.is_mutable or any(returned.alias_info is not None for returned in schema.returns)
-        return node.target is torch.ops.aten.copy_.default or not (keeps or node.target.namespace == "_c10d_functional")
-    return isinstance(node.target, torch._ops.HigherOrderOperator) or node.target is operator.getitem
+        return not (keeps or _names_its_place(node) or target.namespace == "_c10d_functional")
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name() in _PURE
+    return target is operator.getitem
 
 
 def _made_by(node: fx.Node, read: set[fx.Node]) -> list[tuple[int | None, fx.Node | None, torch.Tensor]]:
@@ -113,24 +158,35 @@ def _made_by(node: fx.Node, read: set[fx.Node]) -> list[tuple[int | None, fx.Nod
     return [(None, node, value)] if loop or product else []
 
 
-def _over(row: Row, own: set[fx.Node | None], order: dict[fx.Node, int]) -> Row:
-    """The row, over the partial sum that its addition is the last to read."""
-    earlier = _earlier(row.maker) if row.index in (None, 1) else None
+def _over(row: Row, own: Collection[fx.Node | None], needed: dict[fx.Node, int]) -> Row:
+    """The row, over the partial sum that its addition is the last to read; ``own`` are the nodes of all rows."""
+    completed = _completed(row.maker) if row.index in (None, 1) else None
+    earlier = None if completed is None else _memory(completed)
     if earlier is None or earlier not in own:
         return row
-    like = value_of(earlier)
-    alike = like.dtype == row.value.dtype and same_size([like.numel()], [row.value.numel()])
-    ends = max(order[reader] for reader in _readers(earlier)) == row.first
+    read = value_of(completed)
+    # Element by element in the order of the memory: a view in another order would be read after it was written.
+    alike = (value_of(earlier).dtype == read.dtype == row.value.dtype and same_size(read.shape, row.value.shape)
+             and same_size([value_of(earlier).numel()], [read.numel()]) and is_dense(read))
     once = sum(_memory(node) is earlier for node in _given(row.maker)) == 1
-    return replace(row, over=earlier) if alike and ends and once else row
+    # What else is made of it, and be it within the loop that adds, may read it in another order.
+    others = _readers(earlier)[0] - {row.maker}
+    ends = all(needed[reader] < row.first for reader in others)
+    return replace(row, over=earlier) if alike and once and ends else row
+
+
+def _completed(node: fx.Node) -> fx.Node | None:
+    """The partial sum that ``node`` adds to, as it reads it."""
+    if node.target in _MIX_NORMS:
+        return _sources(node)[-1] if argument(node, 3, "delta") is not None else None
+    left = node.args[0] if node.target is torch.ops.aten.add.Tensor else None
+    return left if isinstance(left, fx.Node) else None
 
 
 def _earlier(node: fx.Node) -> fx.Node | None:
-    """The partial sum that ``node`` adds to."""
-    if node.target in _MIX_NORMS:
-        return _memory(_sources(node)[-1]) if argument(node, 3, "delta") is not None else None
-    left = node.args[0] if node.target is torch.ops.aten.add.Tensor else None
-    return _memory(left) if isinstance(left, fx.Node) else None
+    """The node that owns the memory of the partial sum that ``node`` adds to."""
+    completed = _completed(node)
+    return None if completed is None else _memory(completed)
 
 
 def _given(node: fx.Node) -> list[fx.Node]:
@@ -149,8 +205,8 @@ def _read_by_mixes(graph: fx.Graph) -> set[fx.Node]:
     return {_memory(source) for node in graph.nodes if node.target in INTO for source in _sources(node)}
 
 
-def _is_dense(value: torch.Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps, and has any."""
+def is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor surely fills its memory without gaps, in the order of its elements, and has any."""
     strides: list[Any] = [1]
     for size in reversed(value.shape[1:]):
         strides.insert(0, strides[0] * size)
@@ -177,15 +233,17 @@ def _memory(node: fx.Node) -> fx.Node:
     return _viewed_through(node)[-1]
 
 
-def _readers(tensor: fx.Node) -> set[fx.Node]:
-    """The nodes that read the memory of ``tensor``, itself or through views."""
+def _readers(tensor: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
+    """(the nodes that read the memory of ``tensor``, the names by which they do: itself and its views)."""
     found: set[fx.Node] = set()
+    names = {tensor}
     pending = [tensor]
     while pending:
         name = pending.pop()
         for user in name.users:
             if base_of(user) is name:
                 pending.append(user)
+                names.add(user)
             else:
                 found.add(user)
-    return found
+    return found, names

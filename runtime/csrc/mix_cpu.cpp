@@ -6,6 +6,7 @@
 #include "mix_backward.h"
 #include "mix_forward.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
@@ -83,6 +84,46 @@ bool takes_statistics(const at::Tensor& out, const Arguments& a) {
   return like_statistics(out, a) && out.is_contiguous();
 }
 
+// Whether two tensors share no element; `in_place`: or all of them, in one and the same order.
+bool apart(const at::Tensor& out, const at::Tensor& other, bool in_place = false) {
+  switch (at::get_overlap_status(out, other)) {
+    case at::MemOverlapStatus::No:
+      return true;
+    case at::MemOverlapStatus::Full:
+      return in_place || out.numel() == 0;
+    case at::MemOverlapStatus::Partial:
+      return false;
+    default: {  // a view with gaps: all that lies between its first and its last element counts as its own
+      const char* begin = static_cast<const char*>(other.const_data_ptr());
+      int64_t last = 0;
+      for (int64_t dim = 0; dim < other.dim(); ++dim) {
+        last += (other.size(dim) - 1) * other.stride(dim);
+      }
+      const char* from = static_cast<const char*>(out.const_data_ptr());
+      return !out.is_alias_of(other) || begin + (last + 1) * other.element_size() <= from || from + out.nbytes() <= begin;
+    }
+  }
+}
+
+// Kernels write before they have read everything: what is written must not be read, nor written twice. Only a partial sum
+// may be completed where its last source lies.
+void check_apart(at::ArrayRef<at::Tensor> outputs, const Arguments& a, const Known* known = nullptr,
+                 const at::Tensor* delta = nullptr, const at::Tensor* partial = nullptr) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const at::Tensor& out = outputs[i];
+    bool right = delta == nullptr || apart(out, *delta);
+    right = right && (known == nullptr || (apart(out, known->mixed) && apart(out, known->lse)));
+    for (int64_t k = 0; k < a.count(); ++k) {
+      right = right && apart(out, a.sources[k].toTensor(), k + 1 == a.count() && partial != nullptr && out.is_same(*partial));
+    }
+    for (size_t j = 0; j < i; ++j) {
+      right = right && apart(out, outputs[j]);
+    }
+    TORCH_CHECK_VALUE(right, "attnres: an output overlaps a tensor that is read, or another output; only partial_out may, "
+                      "where it is the last source, contiguous and whole");
+  }
+}
+
 // One source that is not normalised is the mix, whatever the query says.
 bool mix_served(const Arguments& a) {
   return served(a) && (a.count() > 1 || a.options.normalize);
@@ -116,6 +157,7 @@ void mix_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   if (!mix_served(a) || !takes_rows(out, a, several) || (several && out.size(0) != a.queries())) {
     return to_reference("attnres::mix_into_reference", stack);
   }
+  check_apart(out, a);
   by_type(a, [&](auto zero) { mix_forward<decltype(zero)>(a, out); });
   torch::jit::drop(*stack, kMixInto);
 }
@@ -168,6 +210,9 @@ void phase1_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   if (!served(a) || a.query.dim() != 2 || !fit()) {
     return to_reference("attnres::mix_phase1_into_reference", stack);
   }
+  std::vector<at::Tensor> outputs(mixed);
+  outputs.insert(outputs.end(), lse.begin(), lse.end());
+  check_apart(outputs, a);
   by_type(a, [&](auto zero) { phase1_forward<decltype(zero)>(a, mixed, lse); });
   torch::jit::drop(*stack, kPhase1Into);
 }
@@ -211,6 +256,7 @@ void phase2_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   if (!phase2_served(known, a) || !takes_rows(out, a)) {
     return to_reference("attnres::mix_phase2_into_reference", stack);
   }
+  check_apart(out, a, &known);
   by_type(a, [&](auto zero) { phase2_forward<decltype(zero)>(known, a, out); });
   torch::jit::drop(*stack, kPhase2Into);
 }
@@ -287,6 +333,10 @@ void mix_norm_into(const c10::OperatorHandle&, torch::jit::Stack* stack) {
       (partial != nullptr && !takes_rows(*partial, call.a))) {
     return to_reference("attnres::mix_norm_into_reference", stack);
   }
+  const auto known = known_or_none(from + 4);
+  std::array<at::Tensor, 2> outputs{normed, partial == nullptr ? at::Tensor() : *partial};
+  check_apart(at::ArrayRef<at::Tensor>(outputs.data(), partial == nullptr ? 1 : 2), call.a, known ? &*known : nullptr,
+              call.delta, partial);
   call.write(normed, partial);
   torch::jit::drop(*stack, kNormInto);
 }

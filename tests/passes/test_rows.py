@@ -60,7 +60,8 @@ def test_rows_end_with_the_last_reader_of_a_view() -> None:
     rows, order = named(rows_of_call(graph)), {node: index for index, node in enumerate(graph.nodes)}
     by_name = {node.name: node for node in graph.nodes}
     assert set(rows) == {"embedding", "getitem", "getitem_1", "mix"}
-    assert rows["getitem"].last == order[by_name["mul"]] and rows["getitem"].index == 0
+    # The product is a loop over elements, computed where the sum that it is a part of is returned.
+    assert rows["getitem"].last == order[graph.output_node()] and rows["getitem"].index == 0
     assert rows["getitem_1"].last == rows["embedding"].last == order[by_name["mix"]]
     assert rows["getitem"].first == rows["getitem_1"].first == order[by_name["mix_norm"]]
     assert all(row.over is None for row in rows.values())  # what was added to came from outside
@@ -73,10 +74,10 @@ def test_what_becomes_a_view_without_saying_so_is_one() -> None:
         normed, partial = fused(call, [second, first], query, second)
         flat = call(aten._unsafe_view.default, normed, [6, 8])
         mixed = call(MIX, [second, partial], query, None)
-        return call(aten.sum.default, mixed), call(aten.mul.Tensor, flat, flat)
+        return call(aten.sum.default, mixed), call(aten.mm.default, flat, call(aten.t.default, flat))
 
     graph = graph_of(build)
-    last = max(index for index, node in enumerate(graph.nodes) if node.target is aten.mul.Tensor)
+    last = max(index for index, node in enumerate(graph.nodes) if node.target is aten.mm.default)
     assert named(rows_of_call(graph))["getitem"].last == last
 
 
@@ -92,6 +93,75 @@ def test_a_sum_goes_on_over_the_part_that_it_reads_last() -> None:
     assert rows["getitem_3"].over is rows["getitem_1"].node
     assert rows["getitem_5"].over is None
     assert rows["getitem_2"].last == rows["getitem_2"].first  # nobody reads this norm
+
+
+def test_a_sum_goes_on_over_no_part_that_it_reads_in_another_order() -> None:
+    """As torch's own encoder hands its products on: batch and sequence are swapped on the way."""
+    def swapped(call: Any, node: Any) -> Any:
+        return call(aten.permute.default, call(aten.view.default, node, [3, 2, 8]), [1, 0, 2])
+
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        rows = call(aten.view.default, first, [6, 8])
+        square = call(aten.mm.default, call(aten.t.default, rows), rows)
+        one, two = (swapped(call, call(aten.mm.default, rows, square)) for _ in range(2))
+        normed, completed = fused(call, [second, one], query, first)
+        opened = call(MIX, [second, two], query, None)
+        summed = call(aten.add.Tensor, two, first)
+        again = call(MIX, [second, summed], query, None)
+        return tuple(call(aten.sum.default, each) for each in (normed, completed, opened, again))
+
+    rows = named(rows_of_call(graph_of(build)))
+    assert {"mm_1", "mm_2", "getitem_1"} <= set(rows)
+    assert [row.over for row in rows.values()] == [None] * len(rows)
+
+
+def test_a_sum_goes_on_over_no_part_that_its_other_operand_is_made_of() -> None:
+    """Inductor computes the other operand within the loop that adds, and there reads the part in its own order."""
+    def build(turn: bool) -> Callable[..., Any]:
+        def built(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+            block = call(aten.embedding.default, table, ids)
+            part = call(aten.mul.Tensor, first, second)
+            opened = call(MIX, [block, part], query, None)
+            read = call(torch.ops.prims.rev.default, part if turn else second, [1])
+            summed = call(aten.add.Tensor, part, call(aten.tanh.default, read))
+            mixed = call(MIX, [block, summed], query, None)
+            return call(aten.sum.default, opened), call(aten.sum.default, mixed)
+        return built
+
+    assert named(rows_of_call(graph_of(build(False))))["add"].over is not None
+    assert named(rows_of_call(graph_of(build(True))))["add"].over is None
+
+
+def test_a_row_is_in_use_until_what_is_made_of_it_is_computed() -> None:
+    """A loop over elements is no reader where it stands: Inductor computes it where its result is needed, and again."""
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        block = call(aten.embedding.default, table, ids)
+        normed, partial = fused(call, [block, first], query, second)
+        kept = call(aten.tanh.default, normed)
+        flat = call(aten.view.default, kept, [6, 8])
+        product = call(aten.mm.default, flat, call(aten.t.default, flat))
+        mixed = call(MIX, [block, partial], query, None)
+        return call(aten.sum.default, product), call(aten.add.Tensor, mixed, 1), call(aten.neg.default, kept)
+
+    graph = graph_of(build)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    rows, output = named(rows_of_call(graph)), order[graph.output_node()]
+    assert rows["getitem"].last == rows["mix"].last == output
+    assert rows["embedding"].last == rows["getitem_1"].last == rows["mix"].first  # a mix is computed where it stands
+
+
+@pytest.mark.parametrize("reader", [
+    lambda call, row, other: call(aten.as_strided.default, row, [6, 8], [8, 1], 0),
+    lambda call, row, other: call(aten.as_strided.default, call(aten.view.default, row, [48]), [8], [1], 3),
+    lambda call, row, other: call(aten.as_strided_copy.default, row, [8], [1], 3),
+    lambda call, row, other: call(aten.copy_.default, row, other),
+], ids=["as_strided", "as_strided of a view", "as_strided_copy", "copy into"])
+def test_what_is_taken_by_its_place_or_written_to_is_not_placed(reader: Callable[..., Any]) -> None:
+    def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
+        normed, partial = fused(call, [second, first], query, second)
+        return call(aten.sum.default, reader(call, normed, first)), call(aten.sum.default, partial)
+
+    assert set(named(rows_of_call(graph_of(build)))) == {"getitem_1"}
 
 
 @pytest.mark.parametrize("escape", [lambda call, node: node, lambda call, node: call(aten.view.default, node, [6, 8])])

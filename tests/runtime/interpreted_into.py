@@ -72,6 +72,14 @@ def test_refusals(base: str) -> None:
                               test_utils=("test_schema", "test_faketensor"))
 
 
+def test_a_partial_sum_is_completed_in_its_own_order() -> None:
+    call = make("mix_norm", 3, (4, 8))
+    partial = torch.randn(4, 8)
+    call.arguments[0][-1] = partial.view(8, 4).t()
+    with pytest.raises(ValueError, match="another order"):
+        call.into("_triton", call.named([torch.empty(4, 8), partial]))
+
+
 def test_too_wide_is_refused() -> None:
     call = make("mix_norm", 2, (1, 8193))
     with pytest.raises(KernelError, match="at most 8192"):

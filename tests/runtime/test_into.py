@@ -139,6 +139,40 @@ def test_refuses_what_it_cannot_write(variant: str, base: str) -> None:
                     call.into(variant, outputs)
 
 
+def overlapping() -> list[tuple[str, Call, dict[str, Any]]]:
+    """Calls that would read what they have written: (name, call, outputs)."""
+    cases = []
+    whole = torch.randn(3, 4, 8)
+    for base in ("mix", "mix_phase2", "mix_norm", "mix_phase1"):
+        call = make(base, 3, (4, 8), early=base == "mix_norm")
+        lists = [argument for argument in call.arguments if isinstance(argument, list)]
+        made = [torch.empty_like(tensor) for tensor in call.functional("_reference")]
+        for name, place, target in (("first source", 0, whole[1]), ("half a row", 1, whole.view(-1)[12:44].view(4, 8)),
+                                    ("transposed", 2, whole[1])):
+            sources = list(lists[0])
+            sources[place] = whole[1] if name != "transposed" else whole[1].view(8, 4).t()
+            arguments = [sources if argument is lists[0] else argument for argument in call.arguments]
+            key, index = ("partial_out", 1) if name == "transposed" and base == "mix_norm" else (None, 0)
+            outputs = call.named([target if i == index else tensor for i, tensor in enumerate(made)])
+            cases.append((f"{base}: {name} {key or ''}", Call(base, arguments), outputs))
+        if base == "mix_norm":
+            cases.append(("mix_norm: twice", call, call.named([made[0], made[0]])))
+        if base == "mix_phase1":
+            cases.append(("mix_phase1: twice", call, call.named([made[0], made[0].view(-1)[:4]])))
+    gaps = torch.randn(4, 2, 8)
+    call = make("mix", 2, (4, 8))
+    cases.append(("mix: in the gaps", Call("mix", [[call.arguments[0][0], gaps[:, 0]], *call.arguments[1:]]),
+                  {"mixed_out": gaps.view(-1)[8:40].view(4, 8)}))
+    return cases
+
+
+@NATIVE
+@pytest.mark.parametrize("name, call, outputs", [pytest.param(*case, id=case[0]) for case in overlapping()])
+def test_refuses_to_write_over_what_it_reads(name: str, call: Call, outputs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="overlaps"):
+        call.into("", outputs)
+
+
 @pytest.mark.parametrize("variant", WRITING)
 def test_refuses_what_is_missing_or_too_much(variant: str) -> None:
     for delta in (False, True):
