@@ -149,7 +149,9 @@ def _replace(fusion: Fusion) -> None:
         normed = insert_call(graph, operator.getitem, (made, 0), like=norm.node, value=value_of(norm.node))
         keep_tags(mix, made)
         if fusion.addition is not None:
-            partial = insert_call(graph, operator.getitem, (made, 1), like=fusion.addition, value=value_of(fusion.addition),
+            known = value_of(fusion.addition)  # of any strides, where the sum is one of a fused node contiguous
+            partial = insert_call(graph, operator.getitem, (made, 1), like=fusion.addition,
+                                  value=known if known.is_contiguous() else None,
                                   record=fusion.addition.meta.get("attnres"))
             fusion.addition.replace_all_uses_with(partial, delete_user_cb=lambda user: user is not mix)
     norm.node.replace_all_uses_with(normed)

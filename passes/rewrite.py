@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from attnres_fx.passes._compat import hinted
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import insert_call, same_size, value_of
 from attnres_fx.passes.partition import sources_at
@@ -156,14 +158,18 @@ class _Rewriter:
         query = self._row(self.queries, position)
         key_gain = self._row(self.key_gains, position) if self.key_gains is not None else None
         record = {"stream": self.plan.name, "role": "mix", "position": position, "sources": len(sources)}
-        last = self.stream.feature_dim
-        if last != -1:
-            sources = [insert_call(self.graph, aten.movedim.int, (source, last, -1), like=original) for source in sources]
+        # A mix is contiguous, and what reads it may depend on the strides that the sum had, as a view does.
+        order = memory_order(value_of(original)) if not self.layout else None
+        turned = _with_last(order, self.stream.feature_dim) if order is not None else None
+        if turned is None and self.stream.feature_dim != -1:
+            turned = _with_last(list(range(value_of(self.embedding).dim())), self.stream.feature_dim)
+        if turned is not None:
+            sources = [insert_call(self.graph, aten.permute.default, (source, turned), like=original) for source in sources]
         mixed = insert_call(
             self.graph, MIX, (sources, query, key_gain, self.plan.eps, 1.0, False, self.plan.output_factor(position)),
-            like=original, record=record, value=self._known(original, sources))
-        if last != -1:
-            mixed = insert_call(self.graph, aten.movedim.int, (mixed, -1, last), like=original)
+            like=original, record=record, value=self._known(original, sources) if turned is None else None)
+        if turned is not None:
+            mixed = insert_call(self.graph, aten.permute.default, (mixed, _inverse(turned)), like=original)
         for node in self.layout:
             args = (mixed, *node.args[1:])
             with_source: dict[str, object] = {
@@ -171,7 +177,20 @@ class _Rewriter:
             mixed = _call_like(self.graph, node, args if node.args else (), with_source)
         if value_of(mixed).dtype != value_of(original).dtype:
             mixed = insert_call(self.graph, aten.to.dtype, (mixed, value_of(original).dtype), like=original)
+        mixed = self._in_memory_as(mixed, original)
         self._move_to_reader(mixed, position)
+        return mixed
+
+    def _in_memory_as(self, mixed: fx.Node, original: fx.Node) -> fx.Node:
+        """``mixed`` with the strides of the original sum, where it has others: by a copy."""
+        order = memory_order(value_of(original))
+        if order is None or same_size(value_of(mixed).stride(), value_of(original).stride()):
+            return mixed
+        steps: list[tuple[Any, list[Any]]] = [(aten.contiguous.default, [])]
+        if order != sorted(order):
+            steps = [(aten.permute.default, [order]), *steps, (aten.permute.default, [_inverse(order)])]
+        for target, args in steps:
+            mixed = insert_call(self.graph, target, (mixed, *args), like=original)
         return mixed
 
     def _known(self, original: fx.Node, parts: list[fx.Node]) -> torch.Tensor | None:
@@ -217,6 +236,27 @@ class _Rewriter:
             else:
                 term = insert_call(self.graph, aten.reshape_as.default, (term, before), like=layer.node)
         return term
+
+
+def memory_order(value: torch.Tensor) -> list[int] | None:
+    """The dimensions of a tensor in the order, outermost first, in which they fill its memory without gaps; None if that
+    cannot be known. Of dimensions of one element, whose strides mean nothing, the order stays.
+    """
+    dims = list(range(value.dim()))
+    if not value.is_contiguous():
+        dims.sort(key=lambda dim: -hinted(value.stride(dim)))
+    return dims if value.permute(dims).is_contiguous() else None
+
+
+def _with_last(order: list[int], dim: int) -> list[int] | None:
+    """``order`` with the dimension ``dim``, counted from the end, as its last; None where nothing is moved."""
+    own = len(order) + dim
+    moved = [*(other for other in order if other != own), own]
+    return None if moved == sorted(moved) else moved
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]
 
 
 def _call_like(graph: fx.Graph, node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> fx.Node:
