@@ -6,6 +6,7 @@ from torch import fx
 
 from attnres_fx.passes._compat import graph_break_reason
 from attnres_fx.passes.detect import detect
+from attnres_fx.passes.encoder_layer import expand_encoder_layers_graph
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import copy_graph_module, place_of
 from attnres_fx.passes.injections import injections_graph
@@ -48,6 +49,7 @@ def prepare(gm: fx.GraphModule) -> fx.GraphModule:
     apart, additions and injections normalized. No code is generated."""
     gm = copy_graph_module(gm)
     inline_graph(gm)
+    expand_encoder_layers_graph(gm.graph)
     unfuse_graph(gm.graph)
     normalize_graph(gm.graph)
     injections_graph(gm.graph)
