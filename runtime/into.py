@@ -103,8 +103,8 @@ def _reference(family: _Family, *arguments: Any, **outputs: Any) -> None:
 
 def _triton(family: _Family, *arguments: Any, **outputs: Any) -> None:
     family.check_layout(*arguments, **outputs)
-    partial, last = outputs.get("partial_out"), arguments[0][-1] if isinstance(arguments[0], list) else None
-    if partial is not None and last.data_ptr() == partial.data_ptr() and not last.is_contiguous():
+    partial: Tensor | None = outputs.get("partial_out")
+    if partial is not None and arguments[0][-1].data_ptr() == partial.data_ptr() and not arguments[0][-1].is_contiguous():
         raise ValueError("attnres::mix_norm_into: partial_out lies where the last source does, whose elements lie there in "
                          "another order")
     family.triton(*arguments, **outputs)
