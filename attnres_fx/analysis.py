@@ -18,6 +18,7 @@ from attnres_fx.passes.recognize import recognize
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import argument, is_mix
 from attnres_fx.report import MixEntry, Report, describe_stream
+from attnres_fx.runtime.parameters import AttnRes
 
 
 def analyze(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Report:
@@ -82,7 +83,7 @@ def name_streams(streams: Sequence[Stream], owners: Sequence[tuple[str, str]]) -
     for stream, (path, _) in zip(streams, owners):
         parts = [part for part in path.split(".") if part and not part.isdigit()]
         base = parts[-1] if parts and parts[-1].isidentifier() else "stream"
-        if hasattr(nn.Module, base) or base == "streams":
+        if hasattr(AttnRes, base):
             base = f"{base}_stream"
         taken[base] = taken.get(base, 0) + 1
         stream.name = base if taken[base] == 1 else f"{base}_{taken[base]}"

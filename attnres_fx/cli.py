@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -35,11 +35,15 @@ _SOURCE_HELP = (
     "factory() returns the model, (model, args) or (model, args, kwargs).")
 
 SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
-NumBlocks = Annotated[int | None, typer.Option("--num-blocks", help="At most so many blocks; 8 if nothing is given.")]
-LayersPerBlock = Annotated[int | None, typer.Option("--layers-per-block", help="Layers a block; 1 is Full AttnRes.")]
+# What can be checked of an option is checked here, before anything is opened or traced.
+NumBlocks = Annotated[int | None, typer.Option(
+    "--num-blocks", min=1, help="The largest number of blocks; 8 if nothing is given.")]
+LayersPerBlock = Annotated[int | None, typer.Option(
+    "--layers-per-block", min=1, help="Layers per block; 1 is Full AttnRes.")]
 Streams = Annotated[str | None, typer.Option("--streams", help="Names of streams, comma-separated; all if not given.")]
-MixScale = Annotated[str, typer.Option("--mix-scale", help="'paper', the mean; or 'sum', to start exactly.")]
-Eps = Annotated[float, typer.Option("--eps", help="Epsilon of the key norm.")]
+MixScale = Annotated[Literal["paper", "sum"], typer.Option(
+    "--mix-scale", help="'paper', the mean; or 'sum', to start exactly.")]
+Eps = Annotated[float, typer.Option("--eps", min=0, help="Epsilon of the key norm.")]
 Training = Annotated[bool, typer.Option("--training", help="Plan memory for a training step, not for inference.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
@@ -66,7 +70,7 @@ def inspect(
     from attnres_fx import graphs, source_plans
     from attnres_fx.report import blocks_table, mixes_table, render, schedule_table, schedules
 
-    opened = _open(source)
+    opened = _open(source, num_blocks, layers_per_block)
     converted = opened.converted  # before --graph converts a plain model in memory
     report, plans = source_plans.plans_of_source(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
     content: dict[str, Any] = {"source": source, "kind": opened.kind, "converted": converted, **report.to_dict(),
@@ -117,14 +121,16 @@ def plan(
     source: SourceName,
     tokens: Annotated[str, typer.Option(
         "--tokens", help="Tokens of the sequence: a number, or one a stream as encoder=1500,decoder=448.")] = "4096",
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the streams: bf16, fp16, fp32, fp64.")] = "bf16",
+    dtype: Annotated[Literal["bf16", "fp16", "fp32", "fp64", "bfloat16", "float16", "float32", "float64"], typer.Option(
+        "--dtype", help="Of the streams.")] = "bf16",
     chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="Prefill reads so many tokens at once.")] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="So many devices share the tokens of a call.")] = 1,
     num_blocks: NumBlocks = None,
     layers_per_block: LayersPerBlock = None,
     streams: Streams = None,
     mix_scale: MixScale = "paper",
-    schedule: Annotated[str, typer.Option("--schedule", help="auto, one-pass or two-phase.")] = "auto",
+    schedule: Annotated[Literal["auto", "one-pass", "two-phase"], typer.Option(
+        "--schedule", help="How mixes read their sources.")] = "auto",
     memory_budget: Annotated[str | None, typer.Option(
         "--memory-budget", help="What a device may hold: '512MB', '0.5GiB', or a number alone, bytes per token.")] = None,
     training: Training = False,
@@ -136,14 +142,18 @@ def plan(
     """
     from attnres_fx import source_plans
     from attnres_fx.memory import plan_memory, scopes_table, tiles_table, tokens_text
+    from attnres_fx.passes.budget import parse_budget
     from attnres_fx.report import render
 
-    opened = _open(source)
+    numbers = _tokens(tokens)
+    budget = int(memory_budget) if memory_budget is not None and memory_budget.isdecimal() else memory_budget
+    if budget is not None:
+        parse_budget(budget, tokens=1)
+    opened = _open(source, num_blocks, layers_per_block)
     report, plans = source_plans.plans_of_source(opened, num_blocks, layers_per_block, _names(streams), mix_scale)
     remedy = "attnres inspect --memory plans the mixes that it spells out" if report.mixes else "attnres inspect says why"
     source_plans.refuse_without(plans, "no memory to plan", remedy)
-    budget = int(memory_budget) if memory_budget is not None and memory_budget.isdecimal() else memory_budget
-    held = plan_memory(plans, _tokens(tokens), dtype=dtype, chunk=chunk, devices=devices, training=training,
+    held = plan_memory(plans, numbers, dtype=dtype, chunk=chunk, devices=devices, training=training,
                        schedule=schedule, memory_budget=budget)
     if as_json:
         _print_json({"source": source, "kind": opened.kind, "converted": opened.converted,
@@ -165,12 +175,15 @@ def transform(
     mix_scale: MixScale = "paper",
     eps: Eps = 1e-6,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier output.")] = False,
+    guard: Annotated[bool, typer.Option("--guard/--no-guard", help=(
+        "With --no-guard the checkpoint of Hugging Face stays as it is, byte for byte: transformers then loads OUT as the "
+        "plain model, without a word."))] = True,
     as_json: Json = False,
 ) -> None:
     """Convert SOURCE and write it to OUT.
 
-    OUT is written whole or not at all. Of a Hugging Face directory OUT is the same checkpoint, untouched, with
-    attnres.json and attnres.safetensors beside it.
+    OUT is written whole or not at all. Of a Hugging Face directory OUT is the same checkpoint with attnres.json and
+    attnres.safetensors beside it, and marked, so that from_pretrained refuses to read it as the plain model.
     Read OUT back with attnres_fx.load.
     """
     from attnres_fx import exported, persistence, pretrained, source_plans
@@ -186,7 +199,7 @@ def transform(
                               remedy="give a directory elsewhere")
     if out.suffix != ".pt2":
         check_directory(out, overwrite=force)
-    opened = _open(source)
+    opened = _open(source, num_blocks, layers_per_block)
     if opened.converted:
         raise AlreadyConvertedError(f"'{source}' is converted already", remedy="transform the plain model")
     options: dict[str, Any] = {"num_blocks": num_blocks, "layers_per_block": layers_per_block, "mix_scale": mix_scale,
@@ -199,7 +212,7 @@ def transform(
         model = convert(opened.model, opened.args, opened.kwargs, **options)
         plans = plans_of(model)
         if opened.kind == "huggingface":
-            pretrained.write_beside(Path(source), out, model, overwrite=force)
+            pretrained.write_beside(Path(source), out, model, overwrite=force, guard=guard)
         else:
             persistence.save(model, out, overwrite=force)
     if as_json:
@@ -208,6 +221,8 @@ def transform(
         return
     print(render(source_plans.summary(plans), blocks_table(plans)))
     print(f"\nwrote {out}")
+    if opened.kind == "huggingface" and not guard:
+        print("transformers loads it as the plain model, attnres_fx.load as the converted one")
 
 
 @app.command()
@@ -229,7 +244,7 @@ def verify(
     from attnres_fx.conversion import convert
     from attnres_fx.exported_verification import verify_program
 
-    opened = _open(source)
+    opened = _open(source, num_blocks, layers_per_block)
     options: dict[str, Any] = {"num_blocks": num_blocks, "layers_per_block": layers_per_block, "mix_scale": mix_scale,
                                "eps": eps, "streams": _names(streams)}
     if opened.converted:
@@ -280,10 +295,12 @@ def kernels(
     print(json.dumps(rows, indent=2) if as_json else table(rows, target))
 
 
-def _open(source: str) -> Source:
-    """Open the source; what its code prints is not a result."""
+def _open(source: str, num_blocks: int | None, layers_per_block: int | None) -> Source:
+    """Open the source, unless the options contradict each other; what its code prints is not a result."""
+    from attnres_fx.passes.partition import partition
     from attnres_fx.sources import open_source
 
+    partition(1, num_blocks=num_blocks, layers_per_block=layers_per_block)
     with contextlib.redirect_stdout(sys.stderr):
         return open_source(source)
 

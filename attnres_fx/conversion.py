@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from attnres_fx.adapters import host_of, train_with_adapters
 from attnres_fx.analysis import as_args, name_streams, owner_of
 from attnres_fx.passes._compat import unwrap
 from attnres_fx.passes.absence import absence
@@ -20,7 +21,7 @@ from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import MIX_SCALES, StreamPlan, relative_sites
 from attnres_fx.passes.recognize import recognize
 from attnres_fx.passes.streams import Obstacle, Stream
-from attnres_fx.runner import PART, STREAMS, converted_class, is_converted_class, original_class
+from attnres_fx.runner import PART, ROOT, STREAMS, converted_class, is_converted_class, original_class
 from attnres_fx.runtime.errors import (
     AlreadyConvertedError,
     HandWrittenMixError,
@@ -31,7 +32,7 @@ from attnres_fx.runtime.errors import (
     PartOfConvertedError,
     PlainPathError,
 )
-from attnres_fx.runtime.parameters import AttnRes, StreamParameters
+from attnres_fx.runtime.parameters import CONTAINER, AttnRes, StreamParameters, streams_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,7 +57,8 @@ def convert(
 
     The model is traced on ``model(*args, **kwargs)`` and not run. It keeps its parameters and its ``state_dict`` keys, and
     gains ``model.attnres``: per stream a ``query`` [L+1, d] of zeros and a ``key_gain`` [L+1, d] of ones. Afterwards it runs
-    the rewritten network however it is called, or raises; it never runs as the plain residual network.
+    the rewritten network however it is called, or raises; it never runs as the plain residual network. A model under
+    adapters of PEFT gains them as a part of every adapter (``modules_to_save``).
 
     Args:
         num_blocks: at most so many blocks; a block has S = ceil(L / num_blocks) layers and the last may be short. 8 if
@@ -80,7 +82,8 @@ def convert(
     A failed conversion leaves the model exactly as it was.
     """
     inner = unwrap(model)
-    _refuse_converted(inner)
+    host = host_of(inner)
+    _refuse_converted(host)
     if mix_scale not in MIX_SCALES:
         raise OptionError(f"mix_scale is {mix_scale!r}", remedy="give 'paper' or 'sum'")
     if isinstance(inner, fx.GraphModule):
@@ -94,16 +97,18 @@ def convert(
     if markers_of(gm):
         raise AlreadyConvertedError("a part of this model is converted already",
                                     remedy="convert the whole model from a plain one, once")
-    plans = plan_streams(gm, inner, num_blocks=num_blocks, layers_per_block=layers_per_block, boundaries=boundaries,
+    plans = plan_streams(gm, host, num_blocks=num_blocks, layers_per_block=layers_per_block, boundaries=boundaries,
                          streams=streams, mix_scale=mix_scale, eps=eps, key_gain=key_gain)
-    dtype = param_dtype or parameter_dtype(inner)
-    attach(inner, plans, dtype)
+    dtype = param_dtype or parameter_dtype(host)
+    attach(host, plans, dtype)
     try:
         lowered, _ = capture(inner, as_args(args), kwargs or {})
         lower_marked(lowered)
     except BaseException:
-        detach(inner)
+        detach(host)
         raise
+    if host is not inner:
+        train_with_adapters(inner)
     return model
 
 
@@ -199,7 +204,7 @@ def _boundaries_of(
 
 
 def _refuse_converted(model: nn.Module) -> None:
-    if is_converted_class(type(model)) or isinstance(getattr(model, "attnres", None), AttnRes):
+    if is_converted_class(type(model)) or streams_of(model) is not None:
         raise AlreadyConvertedError("this model is converted already",
                                     remedy="build a plain model to convert it another way; the plan is fixed")
     part = next((name for name, module in model.named_modules() if is_converted_class(type(module))), None)
@@ -210,7 +215,7 @@ def _refuse_converted(model: nn.Module) -> None:
     if inside is not None:
         raise PartOfConvertedError(f"this module is a part of a converted model (owner '{inside}')",
                                    remedy="convert whole models, once")
-    if hasattr(model, "attnres"):
+    if hasattr(model, CONTAINER):
         raise OptionError("the model has an attribute 'attnres' of its own, where the new parameters would go",
                           remedy="rename that attribute")
 
@@ -236,9 +241,11 @@ def attach(model: nn.Module, plans: Sequence[StreamPlan], dtype: torch.dtype) ->
                                                  dtype=dtype, device=device)
     container = AttnRes(parameters)
     container.train(model.training)
-    model.add_module("attnres", container)
+    model.add_module(CONTAINER, container)
     for path, owner in owners.items():
-        owner.__dict__[STREAMS] = [parameters[plan.name] for plan in plans if plan.owner == path]
+        owner.__dict__[STREAMS] = {plan.name: parameters[plan.name].plan for plan in plans if plan.owner == path}
+        if owner is not model:
+            owner.__dict__[ROOT] = model._modules
         owner.__class__ = converted_class(type(owner), True, owner is model)
         for plan in plans:
             if plan.owner == path:
@@ -254,9 +261,9 @@ def detach(model: nn.Module) -> None:
     """Undo :func:`attach`."""
     for module in list(model.modules()):
         module.__class__ = original_class(type(module))
-        for name in (STREAMS, PART, "_attnres_runner"):
+        for name in (STREAMS, ROOT, PART, "_attnres_runner"):
             module.__dict__.pop(name, None)
-    del model._modules["attnres"]
+    del model._modules[CONTAINER]
 
 
 def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
@@ -269,11 +276,11 @@ def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
 def plans_of(model: nn.Module) -> list[StreamPlan]:
     """The plans of a converted model, in graph order. Raises NotConvertedError."""
     inner = unwrap(model)
-    container = getattr(inner, "attnres", None)
+    streams = streams_of(inner)
     if isinstance(inner, fx.GraphModule) and GRAPH_PLANS in inner.meta:
         return [StreamPlan.from_json(text) for text in inner.meta[GRAPH_PLANS]]
-    if not isinstance(container, AttnRes):
+    if streams is None:
         raise NotConvertedError("this model is not converted", remedy="call attnres_fx.convert(model, args, ...) first")
-    return [StreamPlan.from_json(parameters.plan) for parameters in container.streams.values()]
+    return [StreamPlan.from_json(parameters.plan) for parameters in streams.values()]
 
 

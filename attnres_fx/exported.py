@@ -23,6 +23,16 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnres_fx.conversion import plan_streams
+from attnres_fx.description import (
+    PREFIX,
+    aliases_of,
+    check_description,
+    check_digest,
+    description_of,
+    same_memory,
+    signed,
+    tie,
+)
 from attnres_fx.files import PLAN_FILE, first_line, json_text, whole_file
 from attnres_fx.passes._compat import fake_mode_of
 from attnres_fx.passes.finish import finish
@@ -30,7 +40,6 @@ from attnres_fx.passes.graph import copy_graph_module, value_of
 from attnres_fx.passes.lower import assign, lower_marked, prepare
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.vocabulary import is_mix
-from attnres_fx.persistence import aliases_of, check_description, description_of, same_memory, tie
 from attnres_fx.runtime.errors import AlreadyConvertedError, CheckpointFileError, LoweringError, OptionError
 from attnres_fx.runtime.marker import ENTER
 from attnres_fx.runtime.parameters import AttnRes, StreamParameters
@@ -73,9 +82,15 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, Any], tuple[Str
     except ValueError as error:
         raise CheckpointFileError(f"the {PLAN_FILE} in '{path}' is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise CheckpointFileError(f"the {PLAN_FILE} in '{path}' holds no JSON object")
+        raise CheckpointFileError(f"the {PLAN_FILE} in '{path}' is a {type(content).__name__}, not a JSON object")
     description, plans = check_description(content, f"{path}:{PLAN_FILE}")
+    check_digest(description, _own(program), f"{path}:{PLAN_FILE}")
     return program, description, tuple(plans)
+
+
+def _own(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """The parameters of attention residuals in a program."""
+    return {key: value for key, value in program.state_dict.items() if key.startswith(PREFIX)}
 
 
 def open_program(path: Path) -> Program:
@@ -210,6 +225,7 @@ def transform(program: Program, out: Path, *, overwrite: bool = False, **options
     query = next(iter(rewritten.get_submodule("attnres").parameters()))
     content = {**description_of(plans, str(query.dtype).removeprefix("torch."), "ExportedProgram"),
                "function_preserving": preserving, "aliases": aliases_of(exported.state_dict)}
+    content = signed(content, _own(exported))
     with whole_file(out, overwrite=overwrite) as partial, _quiet():
         torch.export.save(exported, partial, extra_files={PLAN_FILE: json_text(content)})
     return plans

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointFileError(f"'{path}' is not readable JSON: {first_line(error)}",
                                   remedy="the file is damaged; restore or write it anew") from error
     if not isinstance(content, dict):
-        raise CheckpointFileError(f"'{path}' holds no JSON object but a {type(content).__name__}")
+        raise CheckpointFileError(f"'{path}' is a JSON {type(content).__name__}, not an object")
     return content
 
 
@@ -129,10 +131,12 @@ def whole_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.is_dir() or (path.exists() and not overwrite):
         raise _exists(path)
     _make_parents(path)
+    _clean(path)
     partial = _beside(path)
     try:
-        yield partial
-        partial.replace(path)
+        with _writing(path):
+            yield partial
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -145,22 +149,52 @@ def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_directory(path, overwrite=overwrite)
     _make_parents(path)
+    _clean(path)
     partial = _beside(path)
-    partial.mkdir()
     try:
-        yield partial
-        retired = _beside(path)
-        if path.exists():
-            path.rename(retired)
-        try:
-            partial.rename(path)
-        except OSError:
-            if retired.exists():
-                retired.rename(path)
-            raise
-        shutil.rmtree(retired, ignore_errors=True)
+        with _writing(path):
+            partial.mkdir()
+            yield partial
+            retired = _beside(path)
+            if path.exists():
+                path.rename(retired)
+            try:
+                partial.rename(path)
+            except OSError:
+                if retired.exists():
+                    retired.rename(path)
+                raise
+            shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def staging_in(target: Path) -> Iterator[Path]:
+    """A directory within ``target``, which is made if need be, to fill with files that are then moved there."""
+    with _writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        inner = target / "attnres"
+        _clean(inner)
+        staging = _beside(inner)
+        try:
+            staging.mkdir()
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the file system as ours."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
+        raise CheckpointFileError(f"'{path}' cannot be written: {first_line(error)}",
+                                  remedy="make room on the disk" if full else "give a place that can be written") from error
 
 
 def check_directory(path: Path, *, overwrite: bool) -> None:
@@ -193,4 +227,32 @@ def _exists(path: Path) -> CheckpointFileError:
 
 def _beside(path: Path) -> Path:
     """A fresh name in the directory of ``path`` (so that a rename is atomic) with the same suffix."""
-    return path.absolute().parent / f".{path.stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    return path.absolute().parent / f".{path.stem}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}"
+
+
+def _clean(path: Path) -> None:
+    """Remove what processes of this machine that are no more have left of their writing to ``path``."""
+    name = re.compile(re.escape(f".{path.stem}-{_host()}-") + r"(\d+)-[0-9a-f]{8}" + re.escape(path.suffix))
+    parent = path.absolute().parent
+    for left in parent.iterdir() if parent.is_dir() else ():
+        found = name.fullmatch(left.name)
+        if found is not None and not _runs(int(found.group(1))):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine runs; one that may not be asked does."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

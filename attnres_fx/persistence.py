@@ -7,39 +7,47 @@ plans say which modules own the streams.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import attnres_fx
+from attnres_fx.adapters import host_of
 from attnres_fx.conversion import attach, plans_of
+from attnres_fx.description import (
+    aliases_of,
+    check_digest,
+    check_like,
+    check_parameters,
+    describe,
+    is_pretrained,
+    own_parameters,
+    read_plans,
+    tie,
+)
 from attnres_fx.files import (
     CONFIG_FILE,
     PARAMETER_FILE,
     PLAN_FILE,
     WEIGHTS_FILE,
     json_text,
-    read_json,
     read_tensors,
     read_weights,
     whole_directory,
     write_tensors,
 )
 from attnres_fx.passes._compat import unwrap
-from attnres_fx.passes.plan import FORMAT, StreamPlan
-from attnres_fx.runner import is_converted_class, original_class
+from attnres_fx.runner import is_converted_class
 from attnres_fx.runtime.errors import AlreadyConvertedError, CheckpointFileError, OptionError
-from attnres_fx.runtime.parameters import AttnRes
+from attnres_fx.runtime.parameters import streams_of
 
-PREFIX = "attnres."
-_PLAN_FIELDS = {"name": str, "owner": str, "num_layers": int, "width": int, "boundaries": list, "sites": list,
-                "eps": float, "mix_scale": str, "key_gain": bool}
+# What from_pretrained takes and a directory that is read here decides, or makes pointless.
+_READ_HERE = frozenset({
+    "subfolder", "revision", "variant", "gguf_file", "use_safetensors", "config", "state_dict", "output_loading_info",
+    "ignore_mismatched_sizes", "cache_dir", "force_download", "local_files_only", "token", "proxies", "from_tf", "from_flax",
+    "weights_only", "adapter_kwargs", "pretrained_model_name_or_path"})
 
 
 def save(model: nn.Module, path: Any, *, overwrite: bool = False) -> None:
@@ -54,14 +62,18 @@ def save(model: nn.Module, path: Any, *, overwrite: bool = False) -> None:
     Raises: NotConvertedError for a plain model; CheckpointFileError if the directory cannot be written.
     """
     model = unwrap(model)
-    plans_of(model)
+    plans = plans_of(model)
+    if host_of(model) is not model:
+        raise OptionError("this model has adapters of PEFT, which attnres_fx.save does not write",
+                          remedy="save the adapters, queries among them, with model.save_pretrained, and the converted base "
+                                 "before it gets them; or save what model.merge_and_unload() returns")
     with whole_directory(Path(path), overwrite=overwrite) as directory:
         if is_pretrained(model):
             model.save_pretrained(directory)  # type: ignore[operator]
             return
         state = tensors_of(model)
-        ours = {key: value for key, value in state.items() if key.startswith(PREFIX)}
-        plain = {key: value for key, value in state.items() if not key.startswith(PREFIX)}
+        ours = own_parameters(state, plans)
+        plain = {key: value for key, value in state.items() if key not in ours}
         aliases = aliases_of(plain)
         write_tensors(directory / WEIGHTS_FILE, {key: value for key, value in plain.items() if key not in aliases})
         write_tensors(directory / PARAMETER_FILE, ours)
@@ -85,7 +97,8 @@ def load(
         device: where to put the model; the CPU if None.
         kwargs: for ``from_pretrained`` of a Hugging Face model (``attn_implementation=...``).
 
-    Raises: CheckpointFileError, naming file and key, if anything is missing, damaged or does not fit.
+    Raises: CheckpointFileError, naming file and key, if anything is missing, damaged, changed or does not fit; OptionError
+    for what would be ignored (subfolder, revision, variant, gguf_file, use_safetensors ...).
     """
     location = Path(path)
     if location.is_file() and location.suffix == ".pt2":
@@ -94,13 +107,18 @@ def load(
         if model is not None or kwargs:
             raise OptionError("a .pt2 file holds its own model", remedy="call load(path) without model= and options")
         return load_module(location, device)
+    ignored = sorted(_READ_HERE & set(kwargs))
+    if ignored:
+        raise OptionError(f"load takes no {ignored[0]}: it reads this one directory, its config.json and its safetensors",
+                          remedy="give the directory itself as path, and leave this out")
     description, plans = read_plans(location)
     parameters = read_tensors(location / PARAMETER_FILE)
     dtype = getattr(torch, description["param_dtype"])
-    made = _plain_model(location, description, model, kwargs)
-    if isinstance(getattr(made, "attnres", None), AttnRes) or is_converted_class(type(made)):
-        raise AlreadyConvertedError("the model to fill is converted already", remedy="pass the plain model")
     check_parameters(plans, parameters, dtype, location / PARAMETER_FILE)
+    check_digest(description, parameters, str(location / PLAN_FILE))
+    made = _plain_model(location, description, model, kwargs)
+    if streams_of(made) is not None or is_converted_class(type(made)):
+        raise AlreadyConvertedError("the model to fill is converted already", remedy="pass the plain model")
     for plan in plans:
         try:
             made.get_submodule(plan.owner)
@@ -148,121 +166,16 @@ def _is_factory(model: Any) -> bool:
     return model is not None and not hasattr(model, "from_pretrained")
 
 
-def is_pretrained(model: nn.Module) -> bool:
-    """Whether ``model`` is a model of Hugging Face transformers (which is not imported to find out)."""
-    return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
-               for cls in type(model).__mro__)
-
-
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of ``model``, refusing what is not a tensor."""
     state = model.state_dict()
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise CheckpointFileError(f"'{key}' in the model's state_dict is a {type(value).__name__} and no tensor",
+            raise CheckpointFileError(f"'{key}' in the model's state_dict is a {type(value).__name__}, not a tensor",
                                       remedy="keep such state (get_extra_state) out of the model, or save it yourself")
         if value.is_meta:
             raise CheckpointFileError(f"'{key}' has no data (it is on the meta device)", remedy="fill the model first")
     return state
-
-
-def same_memory(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What two names of one tensor have in common; None for a tensor without memory."""
-    if tensor.numel() == 0 or tensor.is_meta:
-        return None
-    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def aliases_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Tied tensors: every further name of a tensor, with its first name."""
-    first: dict[Any, str] = {}
-    aliases = {}
-    for key, tensor in state.items():
-        identity = same_memory(tensor)
-        if identity is not None and first.setdefault(identity, key) != key:
-            aliases[key] = first[identity]
-    return aliases
-
-
-def describe(
-    model: nn.Module, parameters: Mapping[str, torch.Tensor], *, aliases: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """The content of ``attnres.json`` for a converted model."""
-    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in parameters.values()})
-    if len(dtypes) != 1:
-        raise CheckpointFileError(f"the new parameters have several dtypes: {', '.join(dtypes)}",
-                                  remedy="bring model.attnres to one dtype before saving")
-    versions: dict[str, str] = {}
-    if is_pretrained(model):
-        versions["transformers"] = importlib.metadata.version("transformers")
-    return {**description_of(plans_of(model), dtypes[0], original_class(type(model)).__name__, **versions),
-            **({"aliases": dict(aliases)} if aliases else {})}
-
-
-def description_of(plans: list[StreamPlan], param_dtype: str, model_class: str, **versions: str) -> dict[str, Any]:
-    """The content of ``attnres.json``, from its parts."""
-    return {"format": FORMAT, "attnres_fx": attnres_fx.__version__, "torch": torch.__version__, **versions,
-            "model_class": model_class, "param_dtype": param_dtype, "streams": [asdict(plan) for plan in plans]}
-
-
-def read_plans(directory: Path) -> tuple[dict[str, Any], list[StreamPlan]]:
-    """The content of ``attnres.json`` in ``directory``, checked, and its plans."""
-    if not directory.exists():
-        raise CheckpointFileError(f"there is no file or directory '{directory}'")
-    path = directory / PLAN_FILE
-    if not path.is_file():
-        raise CheckpointFileError(f"'{directory}' has no {PLAN_FILE}, so that it holds no converted model",
-                                  remedy="convert the model and save it with attnres_fx.save, or run attnres transform")
-    return check_description(read_json(path), str(path))
-
-
-def check_description(content: dict[str, Any], name: str) -> tuple[dict[str, Any], list[StreamPlan]]:
-    """Check the content of an ``attnres.json``; ``name`` is for the message."""
-    if content.get("format") != FORMAT:
-        raise CheckpointFileError(f"'{name}' has format {content.get('format')!r}; this attnres_fx reads {FORMAT}",
-                                  remedy="read it with the version that wrote it (its field 'attnres_fx')")
-    streams, dtype = content.get("streams"), content.get("param_dtype")
-    if not isinstance(streams, list) or not streams or not all(isinstance(stream, dict) for stream in streams):
-        raise CheckpointFileError(f"'{name}' lists no streams")
-    if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise CheckpointFileError(f"'{name}' has an unknown param_dtype {dtype!r}")
-    if not isinstance(content.get("aliases", {}), dict):
-        raise CheckpointFileError(f"'{name}' has aliases that are no object")
-    for stream in streams:
-        for field, kind in _PLAN_FIELDS.items():
-            if not isinstance(stream.get(field), kind):
-                raise CheckpointFileError(f"'{name}' has a stream whose '{field}' is missing or of a wrong type")
-    try:
-        return content, [StreamPlan.from_dict(stream) for stream in streams]
-    except (CheckpointFileError, IndexError) as error:
-        raise CheckpointFileError(f"'{name}' has a stream that cannot be read: {error}") from error
-
-
-def check_parameters(
-    plans: list[StreamPlan], parameters: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path
-) -> None:
-    """Hold the tensors of ``attnres.safetensors`` to the plans: keys, shapes, dtypes."""
-    expected = {f"{PREFIX}{plan.name}.{part}": (plan.num_layers + 1, plan.width)
-                for plan in plans for part in ("query", *(("key_gain",) if plan.key_gain else ()))}
-    for key, shape in expected.items():
-        if key not in parameters:
-            raise CheckpointFileError(f"'{path}' lacks '{key}'",
-                                      remedy=f"{PLAN_FILE} and {PARAMETER_FILE} must belong together")
-        _check_like(parameters[key], shape, dtype, key, path, f"{PLAN_FILE} says")
-    extra = sorted(set(parameters) - set(expected))
-    if extra:
-        raise CheckpointFileError(f"'{path}' holds '{extra[0]}', which {PLAN_FILE} does not know",
-                                  remedy=f"{PLAN_FILE} and {PARAMETER_FILE} must belong together")
-
-
-def _check_like(
-    tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, key: str, path: Path, wanted: str
-) -> None:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointFileError(f"'{key}' in '{path}' has shape {list(tensor.shape)}; {wanted} {list(shape)}")
-    if tensor.dtype != dtype:
-        raise CheckpointFileError(f"'{key}' in '{path}' is {str(tensor.dtype)[6:]}; {wanted} {str(dtype)[6:]}",
-                                  remedy="bring the model to the dtype of the file before loading")
 
 
 def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str], directory: Path) -> None:
@@ -278,10 +191,10 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping
             content[kept] = content[alias]
     missing, extra = [key for key in state if key not in content], [key for key in content if key not in state]
     if missing or extra:
-        what = f"lacks the model's '{missing[0]}'" if missing else f"holds '{extra[0]}', which the model has not"
+        what = f"lacks the model's '{missing[0]}'" if missing else f"contains '{extra[0]}', which the model does not have"
         raise CheckpointFileError(f"'{path}' {what}", remedy="build the model that was saved")
     for key, value in content.items():
-        _check_like(value, tuple(state[key].shape), state[key].dtype, key, path, "the model has")
+        check_like(value, tuple(state[key].shape), state[key].dtype, key, path, "the model has")
     for alias, kept in own_aliases.items():
         if not torch.equal(content[alias], content[kept]):
             raise CheckpointFileError(f"'{path}' has two values for '{alias}' and '{kept}', which the model ties",
@@ -292,13 +205,3 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping
     tie(model, aliases)
 
 
-def tie(model: nn.Module, aliases: Mapping[str, str]) -> None:
-    """Make every alias the same object as the tensor that it names."""
-    for alias, kept in aliases.items():
-        with contextlib.suppress(AttributeError):
-            owner, name = model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2]
-            source = model.get_submodule(kept.rpartition(".")[0])
-            target = getattr(source, kept.rpartition(".")[2])
-            for table in (owner._parameters, owner._buffers):
-                if name in table and table[name] is not target:
-                    table[name] = target

@@ -12,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from attnres_fx.conversion import plans_of
+from attnres_fx.description import PREFIX, describe, own_parameters
 from attnres_fx.files import (
     CONFIG_FILE,
     PARAMETER_FILE,
@@ -27,6 +29,7 @@ from attnres_fx.files import (
     json_text,
     read_json,
     read_weights,
+    staging_in,
     whole_directory,
     write_tensors,
 )
@@ -34,7 +37,6 @@ from attnres_fx.runtime.errors import AttnResError, CheckpointFileError, OptionE
 
 GUARD_KEY = "transformers_weights"
 GUARD = "this directory holds an Attention-Residuals model, not the plain one; load it with attnres_fx.load(directory)"
-PREFIX = "attnres."
 
 
 def save_converted(
@@ -54,8 +56,6 @@ def save_converted(
 
     Raises: OptionError for what a converted model cannot do (pushing to the hub, adapters, distributed checkpoints).
     """
-    from attnres_fx.persistence import describe
-
     if push_to_hub:
         raise OptionError("a converted model cannot be pushed to the hub by save_pretrained",
                           remedy="save it to a directory and upload that with huggingface_hub.upload_folder")
@@ -67,30 +67,32 @@ def save_converted(
                           remedy="merge the adapters first")
     target = Path(save_directory)
     if target.is_file():
-        raise CheckpointFileError(f"'{target}' is a file and no directory", remedy="give another name")
+        raise CheckpointFileError(f"'{target}' is a file, not a directory", remedy="give another name")
     everything = dict(model.state_dict() if state_dict is None else state_dict)
-    ours = {key: value for key, value in everything.items() if key.startswith(PREFIX)}
-    if not ours:  # a filtered state_dict was given; the parameters still belong to the model
-        ours = {key: value for key, value in model.state_dict().items() if key.startswith(PREFIX)}
     plain = {key: value for key, value in everything.items() if not key.startswith(PREFIX)}
+    # A filtered state_dict may have been given; the parameters still belong to the model.
+    ours = own_parameters(everything if len(plain) < len(everything) else model.state_dict(), plans_of(model))
     here = getattr(model, "should_save_on_this_rank", lambda main: main)(is_main_process)
     if not here:  # other ranks take part in the gathering of shards, and write nothing
         base.save_pretrained(model, save_directory, is_main_process, plain, False, *args, **kwargs)  # type: ignore[attr-defined]
         return
     fresh = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".attnres-", dir=target))
     try:
-        base.save_pretrained(model, staging, is_main_process, plain, False, *args, **kwargs)  # type: ignore[attr-defined]
-        write_tensors(staging / PARAMETER_FILE, ours)
-        (staging / PLAN_FILE).write_text(json_text(describe(model, ours)), encoding="utf-8")
-        _guard(staging / CONFIG_FILE)
-        _index(staging, sorted(ours))
-        _move_in(staging, target)
+        with staging_in(target) as staging:
+            base.save_pretrained(model, staging, is_main_process, plain, False, *args, **kwargs)  # type: ignore[attr-defined]
+            _write_ours(staging, model, ours)
+            _guard(staging / CONFIG_FILE)
+            _index(staging, sorted(ours))
+            _move_in(staging, target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if fresh and not any(target.iterdir()):
+        if fresh and target.exists() and not any(target.iterdir()):
             target.rmdir()
+
+
+def _write_ours(directory: Path, model: nn.Module, ours: Mapping[str, torch.Tensor]) -> None:
+    """The two files that make a checkpoint that of a converted model."""
+    write_tensors(directory / PARAMETER_FILE, ours)
+    (directory / PLAN_FILE).write_text(json_text(describe(model, ours)), encoding="utf-8")
 
 
 def _guard(path: Path) -> None:
@@ -187,9 +189,14 @@ def build_plain(directory: Path, cls: type[nn.Module] | None = None, **kwargs: A
             None, config=config, state_dict=tensors, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True})
     except AttnResError:
         raise
+    except TypeError as error:
+        unknown = next((name for name in kwargs if f"'{name}'" in str(error)), None)
+        if unknown is None:
+            raise _not_loaded(directory, cls, error) from error
+        raise OptionError(f"{cls.__name__} takes no {unknown!r}: {first_line(error)}",
+                          remedy="options of load go to from_pretrained of that class; leave this one out") from error
     except Exception as error:  # transformers raises everything from KeyError to its own classes on a wrong config
-        raise CheckpointFileError(f"'{directory}' cannot be loaded as {cls.__name__}: {first_line(error)}",
-                                  remedy=f"{CONFIG_FILE} and the weights must belong together") from error
+        raise _not_loaded(directory, cls, error) from error
     mismatched = sorted(info["mismatched_keys"])  # asked for, since transformers says by itself only that there are some
     if mismatched:
         key, found, wanted = mismatched[0]
@@ -208,15 +215,24 @@ def build_plain(directory: Path, cls: type[nn.Module] | None = None, **kwargs: A
     return model
 
 
-def write_beside(source: Path, out: Path, model: nn.Module, *, overwrite: bool = False) -> None:
-    """Write to ``out`` a byte-true copy of the checkpoint ``source`` and the two files of the converted ``model``."""
-    from attnres_fx.persistence import describe, tensors_of
+def _not_loaded(directory: Path, cls: type[nn.Module], error: Exception) -> CheckpointFileError:
+    return CheckpointFileError(f"'{directory}' cannot be loaded as {cls.__name__}: {first_line(error)}",
+                               remedy=f"{CONFIG_FILE} and the weights must belong together")
 
-    ours = {key: value for key, value in tensors_of(model).items() if key.startswith(PREFIX)}
+
+def write_beside(source: Path, out: Path, model: nn.Module, *, overwrite: bool = False, guard: bool = True) -> None:
+    """Write to ``out`` a copy of the checkpoint ``source`` and the two files of the converted ``model``.
+
+    With ``guard`` no class of transformers reads ``out`` as the plain model (see above): config.json and the index are
+    changed, and a single weight file is named as a shard. Without it the copy is true to the byte, and is read so.
+    """
+    ours = own_parameters(model.state_dict(), plans_of(model))
     with whole_directory(out, overwrite=overwrite) as partial:
         try:
             shutil.copytree(source, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
         except (OSError, shutil.Error) as error:
             raise CheckpointFileError(f"'{source}' cannot be copied to '{out}': {first_line(error)}") from error
-        write_tensors(partial / PARAMETER_FILE, ours)
-        (partial / PLAN_FILE).write_text(json_text(describe(model, ours)), encoding="utf-8")
+        _write_ours(partial, model, ours)
+        if guard:
+            _guard(partial / CONFIG_FILE)
+            _index(partial, sorted(ours))

@@ -21,9 +21,12 @@ from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
 from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, SitesChangedError
 from attnres_fx.runtime.marker import ENTER
-from attnres_fx.runtime.parameters import StreamParameters
+from attnres_fx.runtime.parameters import stream_parameters
 
-STREAMS = "_attnres_streams"  # on an owner: the parameters of its streams, registered at the root alone
+STREAMS = "_attnres_streams"  # on an owner: the plans of its streams, by name; their parameters hang at the root alone
+# On an owner that is not the root: the dictionary of the root's children. The root itself would lend its parts other names
+# in a traced graph.
+ROOT = "_attnres_root_modules"
 PART = "_attnres_part_of"  # on a module that holds layers: the path of its stream's owner
 _RUNNER = "_attnres_runner"
 # So many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see: Dynamo's
@@ -44,10 +47,12 @@ def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callab
 
 
 def enter_streams(module: nn.Module, prefix: str = "") -> None:
-    """Call the marker for every stream that ``module`` owns; ``prefix`` goes before the plan."""
-    streams: list[StreamParameters] = module.__dict__[STREAMS]
-    for parameters in streams:
-        ENTER(parameters.query, parameters.key_gain, prefix + parameters.plan)
+    """Call the marker for every stream that ``module`` owns, with the parameters that hang at the root now; ``prefix`` goes
+    before the plan. Raises ReplacedParametersError.
+    """
+    for name, plan in module.__dict__[STREAMS].items():
+        parameters = stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
+        ENTER(parameters.query, parameters.key_gain, prefix + plan)
 
 
 def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
@@ -69,6 +74,8 @@ def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for name, plan in module.__dict__[STREAMS].items():  # what cannot be read raises here, and not within the tracer
+        stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
     install_output_capture(module, kwargs)
     try:
         return _runner(module, base)(module, *args, **kwargs)

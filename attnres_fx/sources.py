@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from attnres_fx.description import is_pretrained
 from attnres_fx.exported import Program, open_program
 from attnres_fx.files import CONFIG_FILE, PICKLE_SUFFIXES, PLAN_FILE, first_line
-from attnres_fx.persistence import is_pretrained, load
+from attnres_fx.persistence import load
 from attnres_fx.pretrained import build_plain
 from attnres_fx.runtime.errors import AttnResError, CheckpointFileError, OptionError
-from attnres_fx.runtime.parameters import AttnRes
+from attnres_fx.runtime.parameters import streams_of
 
 TOKENS = 16
 
@@ -44,7 +45,7 @@ class Source(NamedTuple):
     @property
     def converted(self) -> bool:
         """Whether the source is an Attention-Residuals model already."""
-        return bool(self.program.plans) if self.program else isinstance(getattr(self.model, "attnres", None), AttnRes)
+        return bool(self.program.plans) if self.program else streams_of(self.model) is not None
 
 
 def open_source(source: str) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -76,6 +77,13 @@ class StreamPlan:
         if not plan.boundaries or plan.boundaries[-1] != plan.num_layers or len(plan.sites) != plan.num_layers:
             raise CheckpointFileError(f"the plan of stream '{plan.name}' contradicts itself: {plan.num_layers} layers, "
                                       f"{len(plan.sites)} sites, blocks closing at {list(plan.boundaries)}")
+        if plan.boundaries[0] < 1 or any(a >= b for a, b in zip(plan.boundaries, plan.boundaries[1:])):
+            raise CheckpointFileError(f"the blocks of stream '{plan.name}' close at {list(plan.boundaries)}, which does not "
+                                      "increase")
+        if not plan.name.isidentifier() or plan.width < 1 or not 0 <= plan.eps < math.inf:
+            raise CheckpointFileError(f"the plan of stream '{plan.name}' has the width {plan.width} and the eps {plan.eps}")
+        if plan.sites != sites_of([path for path, _ in plan.sites]):
+            raise CheckpointFileError(f"the plan of stream '{plan.name}' miscounts the calls of its layers")
         if plan.mix_scale not in MIX_SCALES:
             raise CheckpointFileError(f"the plan of stream '{plan.name}' has an unknown mix_scale {plan.mix_scale!r}")
         return plan

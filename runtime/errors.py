@@ -56,6 +56,10 @@ class PlainPathError(AttnResError):
     """A converted model was about to run as the plain residual network."""
 
 
+class ReplacedParametersError(PlainPathError):
+    """What hangs in the place of a converted model's parameters is not what the model can read."""
+
+
 class NoStreamError(AttnResError):
     """No residual stream was found in the model."""
 

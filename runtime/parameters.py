@@ -1,11 +1,22 @@
-"""The modules that own the parameters of a converted model: one :class:`StreamParameters` a stream."""
+"""The modules that own the parameters of a converted model: one :class:`StreamParameters` a stream.
+
+They hang at the root of the model as ``model.attnres``, and there alone: what hangs there when the model runs is read, be it
+a copy that another tool has put in their place to train.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+
+from attnres_fx.runtime.errors import ReplacedParametersError
+
+CONTAINER = "attnres"  # the name under which the parameters hang at the root
 
 
 class StreamParameters(nn.Module):
@@ -20,10 +31,18 @@ class StreamParameters(nn.Module):
         self, num_layers: int, width: int, plan: str, *, key_gain: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.zeros(num_layers + 1, width, dtype=dtype, device=device))
-        gain = nn.Parameter(torch.ones(num_layers + 1, width, dtype=dtype, device=device)) if key_gain else None
+        self.query = nn.Parameter(torch.empty(num_layers + 1, width, dtype=dtype, device=device))
+        gain = nn.Parameter(torch.empty(num_layers + 1, width, dtype=dtype, device=device)) if key_gain else None
         self.register_parameter("key_gain", gain)
         self.plan = plan
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Queries of zero and gains of one: what tools call on every module that was built without memory."""
+        with torch.no_grad():
+            self.query.zero_()
+            if self.key_gain is not None:
+                self.key_gain.fill_(1)
 
     def extra_repr(self) -> str:
         positions, width = self.query.shape
@@ -37,6 +56,25 @@ class AttnRes(nn.Module):
         super().__init__()
         for name, parameters in streams.items():
             self.add_module(name, parameters)
+        self._warned = False
+
+    def reset_parameters(self) -> None:
+        """That of every stream."""
+        for parameters in self.streams.values():
+            parameters.reset_parameters()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As every module's, and a warning where PEFT collects what to save of an adapter, and would leave trained queries
+        out. What it trains under ``modules_to_save`` is a copy of this module, which it does save.
+        """
+        prefix = str(kwargs.get("prefix", ""))
+        apart = any(part in prefix for part in ("modules_to_save.", "original_module."))
+        if not apart and not self._warned and any(p.requires_grad for p in self.parameters()) and _saves_an_adapter():
+            self._warned = True
+            warnings.warn("PEFT saves this adapter without the queries of model.attnres, which are being trained: give the "
+                          "adapter's configuration modules_to_save=['attnres'], or freeze them, or save them yourself",
+                          stacklevel=2)
+        return super().state_dict(*args, **kwargs)
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """The value itself: a model that calls its children in turn, as ``nn.Sequential`` does, passes through this one."""
@@ -46,3 +84,37 @@ class AttnRes(nn.Module):
     def streams(self) -> dict[str, StreamParameters]:
         """The parameters by stream name, in graph order."""
         return {name: child for name, child in self.named_children() if isinstance(child, StreamParameters)}
+
+
+def stream_parameters(root: Mapping[str, Any], name: str, plan: str) -> StreamParameters:
+    """What hangs at the root now for the stream ``name``, held to its ``plan`` (JSON); ``root`` are the root's children.
+
+    Raises: ReplacedParametersError if nothing hangs there, or the parameters of another plan.
+    """
+    parameters = getattr(root.get(CONTAINER), name, None)
+    if parameters is None:
+        raise ReplacedParametersError(
+            f"the converted model has no parameters for its stream '{name}' any more: nothing hangs at attnres.{name}",
+            remedy="leave model.attnres where convert put it, or put a module of its kind in its place")
+    if getattr(parameters, "plan", None) != plan:
+        raise ReplacedParametersError(
+            f"what hangs at attnres.{name} belongs to another conversion: its plan is not the one of this model",
+            remedy="put the parameters of a model in their place that was converted in the same way")
+    return parameters  # type: ignore[no-any-return]
+
+
+def streams_of(model: Any) -> dict[str, StreamParameters] | None:
+    """The parameters that hang at ``model``, by stream name; None if it is not a converted model."""
+    streams = getattr(getattr(model, CONTAINER, None), "streams", None)
+    ours = isinstance(streams, dict) and all(isinstance(each, StreamParameters) for each in streams.values())
+    return streams if ours else None
+
+
+def _saves_an_adapter() -> bool:
+    """Whether PEFT, of all the callers there are, collects what to save of an adapter; not of a copy that it trains."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("peft."):
+            return frame.f_code.co_name == "get_peft_model_state_dict"
+        frame = frame.f_back
+    return False

@@ -99,9 +99,10 @@ def checkpoint(kind: str, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def disturb(model: nn.Module) -> None:
-    """Random queries and gains, so that a lost parameter shows."""
+def disturb(model: nn.Module) -> nn.Module:
+    """Random queries and gains, so that a lost parameter shows; returns the model."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.attnres.parameters():
             parameter += torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model

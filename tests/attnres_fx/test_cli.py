@@ -150,13 +150,27 @@ def test_the_graph_as_code_and_drawing(program: Path, tmp_path: Path, attnres: C
         assert '[label="3: blocks.2.down"' in drawing or '[label="3: blocks.2' in drawing
 
 
-def test_transform_leaves_the_checkpoint_untouched(llama: Path, converted: Path, attnres: Callable[..., Result]) -> None:
+def test_transform_marks_its_copy_of_the_checkpoint(
+    llama: Path, converted: Path, tmp_path: Path, attnres: Callable[..., Result]
+) -> None:
+    import transformers
+
+    with pytest.raises((ValueError, OSError), match=r"attnres_fx\.load"):
+        transformers.AutoModelForCausalLM.from_pretrained(converted)
+    done = attnres("transform", llama, "-o", tmp_path / "bare", "--num-blocks", 2, "--no-guard")
+    assert done.code == 0 and "transformers loads it as the plain model" in done.out
     names = {path.name for path in llama.iterdir()}
-    assert {path.name for path in converted.iterdir()} == names | {"attnres.json", "attnres.safetensors"}
-    assert all((converted / name).read_bytes() == (llama / name).read_bytes() for name in names)
-    model = attnres_fx.load(converted)
-    assert model.attnres.stream.query.shape == (5, 32)
-    assert attnres("verify", converted).code == 0
+    assert {path.name for path in (tmp_path / "bare").iterdir()} == names | {"attnres.json", "attnres.safetensors"}
+    assert all((tmp_path / "bare" / name).read_bytes() == (llama / name).read_bytes() for name in names)
+    assert not hasattr(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare"), "attnres")
+    given = torch.randint(3, 20, (2, 5))
+    logits = []
+    for directory in (converted, tmp_path / "bare"):
+        model = attnres_fx.load(directory)
+        assert model.attnres.stream.query.shape == (5, 32)
+        logits.append(model(given, use_cache=False).logits)
+        assert attnres("verify", directory).code == 0
+    assert torch.equal(*logits)
 
 
 def test_transform_of_a_program_and_of_ones_own_model(
@@ -274,7 +288,7 @@ BAD = {
     "no weights": (damaged(lambda d: (d / "model.safetensors").unlink()), "holds no weights"),
     "pickled weights": (damaged(pickles_only), "save_pretrained"),
     "corrupted config": (damaged(lambda d: cut(d / "config.json")), "not readable JSON"),
-    "config of a list": (damaged(lambda d: (d / "config.json").write_text("[]")), "no JSON object"),
+    "config of a list": (damaged(lambda d: (d / "config.json").write_text("[]")), "not an object"),
     "no config": (damaged(lambda d: (d / "config.json").unlink()), "no config.json"),
     "unknown architecture": (damaged(config(architectures=["NoSuchLM"])), "'NoSuchLM'"),
     "no architecture": (damaged(config(architectures=None)), "names no architecture"),
@@ -330,7 +344,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (["inspect", OWN, "--frob"], "--frob"),
     (["frobnicate"], "frobnicate"),
     (["inspect", OWN, "--num-blocks", "many"], "--num-blocks"),
-    (["inspect", OWN, "--num-blocks", "0"], "num_blocks is 0"),
+    (["inspect", OWN, "--num-blocks", "0"], "--num-blocks"),
+    (["inspect", OWN, "--mix-scale", "foo"], "--mix-scale"),
+    (["verify", OWN, "--eps", "-1"], "--eps"),
+    (["inspect", "nowhere:build", "--num-blocks", "2", "--layers-per-block", "2"], "given together"),
+    (["plan", "nowhere:build", "--memory-budget", "much"], "memory_budget is 'much'"),
+    (["plan", "nowhere:build", "--tokens", "many"], "--tokens is 'many'"),
+    (["plan", "nowhere:build", "--schedule", "soon"], "--schedule"),
+    (["plan", "nowhere:build", "--dtype", "int8"], "--dtype"),
     (["verify", OWN, "--num-blocks", "2", "--layers-per-block", "2"], "given together"),
     (["verify", OWN, "--streams", "left,right"], "'left', 'right'"),
     (["verify", OWN, "--mix-scale", "median"], "median"),

@@ -59,7 +59,8 @@ def test_weights_come_from_the_file_and_not_from_the_instance(saved: Path) -> No
 def test_the_files_hold_what_they_say(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["attnres.json", "attnres.safetensors", "model.safetensors"]
     content = json.loads((saved / "attnres.json").read_text())
-    assert list(content) == ["format", "attnres_fx", "torch", "model_class", "param_dtype", "streams", "aliases"]
+    assert list(content) == ["format", "attnres_fx", "torch", "model_class", "param_dtype", "streams", "aliases",
+                             "digest"]
     assert (content["format"], content["model_class"], content["param_dtype"]) == (1, "Own", "float32")
     assert content["aliases"] == {"head.weight": "embed.weight"}
     assert content["streams"][0]["boundaries"] == [2, 4]
@@ -131,13 +132,19 @@ def test_own_models_need_the_model(saved: Path) -> None:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
+    """Change entries, without the digest that would tell (see test_files.py)."""
     content = json.loads(path.read_text())
+    content.pop("digest", None)
     path.write_text(json.dumps({**content, **changes}))
 
 
 def edit_stream(directory: Path, **changes: Any) -> None:
     streams = json.loads((directory / "attnres.json").read_text())["streams"]
     edit_json(directory / "attnres.json", streams=[{**streams[0], **changes}])
+
+
+def double_stream(directory: Path) -> None:
+    edit_json(directory / "attnres.json", streams=2 * json.loads((directory / "attnres.json").read_text())["streams"])
 
 
 def edit_tensors(path: Path, **changes: Any) -> None:
@@ -156,11 +163,23 @@ DAMAGES = {
     "weights missing": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "plan missing": (lambda d: (d / "attnres.json").unlink(), "attnres.json"),
     "plan corrupted": (lambda d: truncate(d / "attnres.json"), "attnres.json"),
-    "plan no object": (lambda d: (d / "attnres.json").write_text("[1]"), "no JSON object"),
+    "plan no object": (lambda d: (d / "attnres.json").write_text("[1]"), "not an object"),
     "plan of a newer format": (lambda d: edit_json(d / "attnres.json", format=7), "format 7"),
     "plan without streams": (lambda d: edit_json(d / "attnres.json", streams=[]), "no streams"),
     "stream without blocks": (lambda d: edit_stream(d, boundaries=[]), "cannot be read"),
     "stream of another length": (lambda d: edit_stream(d, boundaries=[2, 5]), "contradicts itself"),
+    "blocks that do not increase": (lambda d: edit_stream(d, boundaries=[3, 2, 4]), "does not increase"),
+    "a block of no layer": (lambda d: edit_stream(d, boundaries=[0, 4]), "does not increase"),
+    "a negative eps": (lambda d: edit_stream(d, eps=-1.0), "the eps -1"),
+    "an infinite eps": (lambda d: edit_stream(d, eps=float("inf")), "the eps inf"),
+    "no width": (lambda d: edit_stream(d, width=0), "the width 0"),
+    "a width of another model": (lambda d: edit_stream(d, width=17), r"attnres\.json says \[5, 17\]"),
+    "a truth for a number": (lambda d: edit_stream(d, num_layers=True), "'num_layers'"),
+    "layers called in no order": (lambda d: edit_stream(d, sites=[[f"blocks.{i}", 1] for i in range(4)]), "miscounts"),
+    "a name that is none": (lambda d: edit_stream(d, name="a stream"), "a stream"),
+    "two streams of one name": (lambda d: double_stream(d), "two streams that are named 'stream'"),
+    "no number": (lambda d: edit_tensors(d / "attnres.safetensors", attnres__stream__query=torch.full((5, 16), torch.nan)),
+                  "NaN or infinite"),
     "owner elsewhere": (lambda d: edit_stream(d, owner="nowhere"), "'nowhere'"),
     "eps in words": (lambda d: edit_stream(d, eps="small"), "'eps'"),
     "stream without sites": (lambda d: edit_json(d / "attnres.json", streams=[{"name": "stream"}]), "stream"),

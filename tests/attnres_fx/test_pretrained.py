@@ -178,13 +178,20 @@ def test_the_transformed_directory_is_the_source_and_two_files(tmp_path: Path) -
     hugging_face("llama").save_pretrained(tmp_path / "plain", max_shard_size="20KB")
     (tmp_path / "plain" / "tokenizer.json").write_text("{}")
     model = converted()
-    write_beside(tmp_path / "plain", tmp_path / "out", model)
+    write_beside(tmp_path / "plain", tmp_path / "out", model, guard=False)
     for path in (tmp_path / "plain").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     extra = {p.name for p in (tmp_path / "out").iterdir()} - {p.name for p in (tmp_path / "plain").iterdir()}
     assert extra == {"attnres.json", "attnres.safetensors"}
     assert same(attnres_fx.load(tmp_path / "out"), model)
     assert attnres_fx.load(tmp_path / "out", dtype=torch.bfloat16).dtype == torch.bfloat16
+    write_beside(tmp_path / "plain", tmp_path / "guarded", model)
+    for read in (transformers.AutoModelForCausalLM, transformers.AutoModel, transformers.LlamaForCausalLM):
+        with pytest.raises((ValueError, OSError), match=r"attnres_fx\.load"):
+            read.from_pretrained(tmp_path / "guarded")
+    with pytest.raises(Exception, match=r"str|attnres_fx"):  # a config of one's own does not help
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "guarded", config=PLAIN)
+    assert same(attnres_fx.load(tmp_path / "guarded"), model)
 
 
 def test_a_class_of_ones_own(tmp_path: Path) -> None:
