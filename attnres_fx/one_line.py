@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import compiling_frame, graph_break_reason, restart_tracing, skipped_frame
+from attnres_fx.passes._compat import compiling_frame, graph_break_reason, is_traced, restart_tracing, skipped_frame
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import stack_paths
 from attnres_fx.passes.lower import RESTART
@@ -128,7 +128,7 @@ def _mark_from_inside(gm: fx.GraphModule, root: nn.Module) -> None:
 
 def _enter_again(module: nn.Module, args: Any) -> None:
     """A pre-hook that outlives the restart, since the guards of the restarted frame name it; see ``RESTART``."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         enter_streams(module.__dict__[_RESTARTED], RESTART)
 
 

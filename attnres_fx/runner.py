@@ -8,6 +8,7 @@ same through a cached compiled function whose backend rewrites the graph and run
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import compile_whole, inner_error, install_output_capture, is_recompile_limit, run_aot_eager
+from attnres_fx.passes._compat import (
+    compile_whole,
+    inner_error,
+    install_output_capture,
+    is_recompile_limit,
+    is_traced,
+    run_aot_eager,
+)
 from attnres_fx.passes.capture import translate
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
@@ -32,6 +40,7 @@ _RUNNER = "_attnres_runner"
 # So many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see: Dynamo's
 # own limit, 8, is meant for what can fall back to running as it is.
 KINDS_OF_CALLS = 64
+_MAKING = threading.Lock()
 
 
 def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -56,9 +65,15 @@ def enter_streams(module: nn.Module, prefix: str = "") -> None:
 
 
 def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
-    cached = module.__dict__.get(_RUNNER)
-    if cached is not None:
-        return cached
+    cached: Callable[..., Any] | None = module.__dict__.get(_RUNNER)
+    if cached is None:
+        with _MAKING:  # one for all threads, or each would compile its own
+            cached = module.__dict__.get(_RUNNER) or _made_runner(base)
+            module.__dict__[_RUNNER] = cached
+    return cached
+
+
+def _made_runner(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.forward
 
     def marked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -67,10 +82,7 @@ def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
 
     # The recompile limit is per code object: each model gets its own.
     own = types.FunctionType(marked.__code__.replace(), marked.__globals__, "forward", None, marked.__closure__)
-    compiled = compile_whole(own, run_rewritten, dynamic=None,
-                             limit=max(KINDS_OF_CALLS, torch._dynamo.config.recompile_limit))
-    module.__dict__[_RUNNER] = compiled
-    return compiled
+    return compile_whole(own, run_rewritten, dynamic=None, limit=max(KINDS_OF_CALLS, torch._dynamo.config.recompile_limit))
 
 
 def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -110,7 +122,7 @@ def _generated_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
     if owns:
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 enter_streams(self)
                 return base.forward(self, *args, **kwargs)
             return _run(self, base, args, kwargs)

@@ -6,6 +6,7 @@ Written against torch 2.13. A new torch release is supported when these tests pa
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,6 +245,30 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], dyn
     compiled: Callable[..., Any] = compile_(
         function, backend=backend, fullgraph=True, dynamic=dynamic, recompile_limit=limit, isolate_recompiles=True)
     return compiled
+
+
+def is_traced() -> bool:
+    """Whether a compiler traces the code that asks: Dynamo, or torch.export in this thread.
+
+    ``torch.compiler.is_compiling`` is true in every thread while one of them compiles something.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    keys = torch._C._TorchDispatchModeKey
+    modes = (torch._C._get_dispatch_mode(keys.PROXY), torch._C._get_dispatch_mode(keys.FAKE),
+             torch._C._get_dispatch_mode(keys.FUNCTIONAL), torch._ops._get_dispatch_mode_pre_dispatch(keys.PROXY))
+    return torch.compiler.is_compiling() and any(mode is not None for mode in modes)
+
+
+# What Dynamo is told for the time of one trace holds for the whole process: one thread traces at a time.
+_TRACING = threading.RLock()
+
+
+@contextmanager
+def tracing_alone() -> Iterator[None]:
+    """Keep Dynamo quiet and unlimited while this thread traces; other threads wait with their traces."""
+    with _TRACING, quiet_dynamo(), unlimited_compiles():
+        yield
 
 
 def unwrap(model: nn.Module) -> nn.Module:

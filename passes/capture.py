@@ -14,8 +14,7 @@ from attnres_fx.passes._compat import (
     install_output_capture,
     is_graph_break,
     is_model_failure,
-    quiet_dynamo,
-    unlimited_compiles,
+    tracing_alone,
 )
 from attnres_fx.passes.graph import copy_graph_module
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
@@ -47,7 +46,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     install_output_capture(model, kwargs)
     try:
-        with quiet_dynamo(), unlimited_compiles():
+        with tracing_alone():
             compile_whole(call, _stop, dynamic=False)(*args, **kwargs)
     except Exception as error:
         inner = inner_error(error)

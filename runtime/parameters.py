@@ -41,8 +41,9 @@ class StreamParameters(nn.Module):
         """Queries of zero and gains of one: what tools call on every module that was built without memory."""
         with torch.no_grad():
             self.query.zero_()
-            if self.key_gain is not None:
-                self.key_gain.fill_(1)
+            gain = self._parameters["key_gain"]
+            if gain is not None:
+                gain.fill_(1)
 
     def extra_repr(self) -> str:
         positions, width = self.query.shape
@@ -100,7 +101,8 @@ def stream_parameters(root: Mapping[str, Any], name: str, plan: str) -> StreamPa
         raise ReplacedParametersError(
             f"what hangs at attnres.{name} belongs to another conversion: its plan is not the one of this model",
             remedy="put the parameters of a model in their place that was converted in the same way")
-    return parameters  # type: ignore[no-any-return]
+    found: StreamParameters = parameters
+    return found
 
 
 def streams_of(model: Any) -> dict[str, StreamParameters] | None:
