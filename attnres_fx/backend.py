@@ -19,8 +19,9 @@ from torch import fx
 
 import attnres_fx.passes
 import attnres_fx.runtime
+from attnres_fx.one_line import convert_while_compiling, refuse_given_up
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import GraphPasses, run_aot_eager, run_inductor
+from attnres_fx.passes._compat import GraphPasses, run_aot_eager, run_inductor, watch_given_up_frames
 from attnres_fx.passes.arena import place_rows_for_backward, place_rows_of_call
 from attnres_fx.passes.fit import schedule_within
 from attnres_fx.passes.fuse import fuse_mixes
@@ -59,8 +60,6 @@ def attnres(
             _check_fixed(plan, chosen)
         _record(rewritten, plans)
         return compile_downstream(rewritten, example_inputs, chosen)
-    from attnres_fx.one_line import convert_while_compiling
-
     working = prepare(gm)
     mixes = recognize(working)
     if mixes:
@@ -175,3 +174,7 @@ def _trace(gm: fx.GraphModule) -> None:
         metadata_fn=lambda: {"name": "attnres_rewritten_graph", "encoding": "string"},
         payload_fn=lambda: gm.print_readable(print_output=False),
     )
+
+
+# A frame that Dynamo gives up is handed to nobody, and a model may consist of such frames alone.
+watch_given_up_frames(attnres, refuse_given_up)

@@ -3,11 +3,18 @@
 The backend is called with the plain graph of a frame. It finds the live modules behind the graph, gives the model its
 parameters and classes as ``convert`` does, and asks Dynamo to trace the frame again: the first call runs rewritten
 already. Where anything is in doubt it raises, and names the two-line form.
+
+A graph without residual streams is compiled as it is, and a warning says so, once for each place; it is an error where
+options ask for a conversion, and where the graph is a piece of a broken frame and holds additions. Without a word it is
+compiled as it is only where a converted model is within the frame's reach (whose own forward sees to itself), or where its
+model spells the mixes out.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,14 +23,23 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import compiling_frame, graph_break_reason, is_traced, restart_tracing, skipped_frame
+from attnres_fx.passes._compat import (
+    Frame,
+    compiling_frame,
+    graph_break_reason,
+    is_traced,
+    restart_tracing,
+    runs_within_a_module,
+    skipped_frame,
+)
+from attnres_fx.passes.absence import absence, whole_sums
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import stack_paths
 from attnres_fx.passes.lower import RESTART
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import base_of, is_mix
 from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class
-from attnres_fx.runtime.errors import GraphBreakError, OneLineError, PartOfConvertedError, Place
+from attnres_fx.runtime.errors import GraphBreakError, NoStreamError, OneLineError, PartOfConvertedError, Place
 
 _TWO_LINES = (
     "convert first, then compile: attnres_fx.convert(model, args, kwargs, num_blocks=8); "
@@ -45,15 +61,18 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
     _refuse_parts(modules)
     # What mixes already, by hand or by attnres_fx.mix, is compiled as it is.
     mixed = any(obstacle.kind == "mix" for stream in streams for obstacle in stream.obstacles)
-    if not streams:
-        refuse_hidden(working)
-    if not streams or mixed or any(is_mix(node) for node in gm.graph.nodes):
+    if mixed or any(is_mix(node) for node in gm.graph.nodes):
         return
     broken = graph_break_reason(gm)
-    if broken is not None or (frame is not None and frame.resumed):
-        reason, source = broken or ("the frame resumes after a graph break", "")
-        raise GraphBreakError(f"a graph break cuts the model: {reason}", place=Place(source=source),
-                              remedy=f"make the model traceable in one graph, or {_TWO_LINES}")
+    if broken is None and frame is not None and frame.resumed:
+        broken = "the frame resumes after a graph break", ""
+    if not streams:
+        refuse_hidden(working)
+        if not any(_is_converted(module) for module in modules):
+            _without_streams(working, frame, broken, bool(options.conversion()))
+        return
+    if broken is not None:
+        raise _cut(*broken)
     _refuse_pieces(working, streams)
     if frame is None:
         raise OneLineError("the compiling frame cannot be seen, so the model cannot be converted while it is compiled",
@@ -69,6 +88,57 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
     elif converted:
         raise OneLineError("the model is converted, and its graph does not call the rewritten forward", remedy=_TWO_LINES)
     restart_tracing("attnres_fx converted the model")
+
+
+def _cut(reason: str, source: str) -> GraphBreakError:
+    return GraphBreakError(f"a graph break cuts the model: {reason}", place=Place(source=source),
+                           remedy=f"make the model traceable in one graph, or {_TWO_LINES}")
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return any(is_converted_class(type(each)) for each in module.modules())
+
+
+def _without_streams(gm: fx.GraphModule, frame: Frame | None, broken: tuple[str, str] | None, asked: bool) -> None:
+    """Say that ``gm`` stays as it is: by an error if a conversion was ``asked`` for or is likely to be meant."""
+    given_up = skipped_frame()
+    broken = broken or given_up
+    if broken is not None and (asked or whole_sums(gm.graph)):
+        raise _cut(*broken)
+    what = f"no residual stream was found in {_named(frame)}: {absence(gm.graph)}"
+    if asked:
+        raise NoStreamError(what, remedy="leave out the options of the conversion if there is nothing to convert, or "
+                                         + _TWO_LINES)
+    if given_up is not None and runs_within_a_module(None if frame is None else frame.this):
+        return  # which was given up itself, and of which that was said
+    cut = f"; a graph break cuts it: {broken[0]}" if broken is not None else ""
+    _warn_plain(f"{what}{cut}. It is compiled as it is")
+
+
+def refuse_given_up(frame: Frame, reason: str, source: str, settings: Mapping[str, Any]) -> None:
+    """Say that the forward of a plain model was given up by Dynamo, and runs in Python as it is.
+
+    Raises: GraphBreakError where the backend's ``settings`` ask for a conversion; else it warns.
+    """
+    plain = frame.this is not None and any(True for _ in frame.this.parameters())
+    if not plain or any(_is_converted(module) for module in frame.modules):
+        return
+    if Options.from_arguments(settings.get("mode"), settings.get("options")).conversion():
+        raise _cut(reason, source)
+    _warn_plain(f"torch.compile gave {_named(frame)} up at {source}: {reason}. It runs as it is")
+
+
+def _named(frame: Frame | None) -> str:
+    """What a frame runs, in words."""
+    if frame is None:
+        return "the compiled function"
+    run = frame.this or next(iter(frame.modules), None)
+    return frame.code if run is None else f"{type(run).__name__}, {frame.code}"
+
+
+def _warn_plain(what: str) -> None:
+    warnings.warn(f"{what}, without attention residuals. If it should have them, {_TWO_LINES}; "
+                  "attnres_fx.analyze(model, args, kwargs) shows what is found", stacklevel=3)
 
 
 def _refuse_parts(modules: list[nn.Module]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -387,11 +388,14 @@ def unlimited_compiles() -> Any:
 
 @dataclass(frozen=True)
 class Frame:
-    """The Python frame that Dynamo is compiling: the modules it can name, its own ``self``, whether it is a resumption."""
+    """The Python frame that Dynamo is compiling: the modules it can name, its own ``self``, whether it is a resumption, and
+    its function, as "name (file:line)".
+    """
 
     modules: list[nn.Module]
     this: nn.Module | None
     resumed: bool
+    code: str
 
 
 def compiling_frame() -> Frame | None:
@@ -402,10 +406,12 @@ def compiling_frame() -> Frame | None:
         output = InstructionTranslator.current_tx().output
     except (AttributeError, RuntimeError):
         return None
-    code = output.root_tx.f_code
-    local = dict(output.local_scope)
+    return _frame_of(output.root_tx.f_code, dict(output.local_scope), output.global_scope)
+
+
+def _frame_of(code: types.CodeType, local: Mapping[str, Any], scope: Mapping[str, Any]) -> Frame:
     this = local.get(code.co_varnames[0]) if code.co_argcount else None
-    named = [*local.values(), *(output.global_scope[n] for n in code.co_names if n in output.global_scope)]
+    named = [*local.values(), *(scope[name] for name in code.co_names if name in scope)]
     for value in list(named):
         cells = getattr(value, "__closure__", None) or ()
         named += [cell.cell_contents for cell in cells]
@@ -413,7 +419,74 @@ def compiling_frame() -> Frame | None:
     modules = [value for value in named if isinstance(value, nn.Module)]
     method = getattr(type(this), "forward", None)
     own = isinstance(this, nn.Module) and (code.co_name == "forward" or getattr(method, "__code__", None) is code)
-    return Frame(modules, this if own else None, "torch_dynamo_resume" in code.co_name)
+    return Frame(modules, this if own else None, "torch_dynamo_resume" in code.co_name,
+                 f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})")
+
+
+Report = Callable[[Frame, str, str, Mapping[str, Any]], None]
+
+
+def watch_given_up_frames(backend: Callable[..., Any], report: Report) -> None:
+    """Have ``report`` called with every frame of a module's own forward that Dynamo was to compile with ``backend`` and
+    gives up, so that it runs in Python and no backend hears of it: (the frame, why, ``file:line``, the backend's settings).
+    An error that it raises is raised to the caller.
+
+    Such a frame is the outermost one: of those that it calls, which are tried on their own, nothing is reported.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    def at_end(_: Any) -> None:
+        error, attempt = sys.exc_info()[1], sys._getframe(1)
+        while attempt is not None and not (attempt.f_code.co_name == "_compile" and "compiler_fn" in attempt.f_locals):
+            attempt = attempt.f_back  # type: ignore[assignment]
+        if attempt is None or not isinstance(error, torch._dynamo.exc.Unsupported) or attempt.f_locals.get("one_graph"):
+            return
+        found = attempt.f_locals
+        settings = getattr(found["compiler_fn"], "__dict__", {})
+        if settings.get("compiler_fn") is not backend:
+            return
+        frame = _frame_of(found["code"], found["locals"], found["globals"])
+        if frame.this is None or runs_within_a_module(frame.this):
+            return
+        stack = list(getattr(error, "real_stack", None) or ())
+        where = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        try:
+            report(frame, str(cause).splitlines()[0], where, settings.get("kwargs", {}))
+        except Exception as refusal:
+            _leave_callbacks(callback_handler)
+            raise torch._dynamo.exc.BackendCompilerFailed(backend, refusal, None) from None
+
+    callback_handler.end_callbacks = _KeptCallbacks(callback_handler.end_callbacks, at_end)
+
+
+class _KeptCallbacks(list[Any]):
+    """Dynamo's list of callbacks, with one that ``torch._dynamo.reset`` does not take away."""
+
+    def __init__(self, given: Iterable[Any], kept: Any) -> None:
+        super().__init__([*given, kept])
+        self._kept = kept
+
+    def clear(self) -> None:
+        self[:] = [self._kept]
+
+
+def _leave_callbacks(handler: Any) -> None:
+    """Count down what Dynamo counts up for the time of a compilation: an error in a callback would leave it as it is."""
+    name = "_CompilationCallbackHandler__pending_callbacks_counter"
+    setattr(handler, name, getattr(handler, name) - 1)
+
+
+def runs_within_a_module(this: nn.Module | None) -> bool:
+    """Whether this is called while the forward of a module runs, other than ``this`` and torch's own wrappers."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if isinstance(owner, nn.Module) and owner is not this and not type(owner).__module__.startswith(
+                ("torch.nn.parallel", "torch.distributed")):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def restart_tracing(reason: str) -> NoReturn:

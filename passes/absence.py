@@ -13,7 +13,7 @@ _NAMED = 3
 
 def absence(graph: fx.Graph) -> str:
     """Why no stream was found in ``graph``: its additions of tensors of one shape, and what cannot be looked into."""
-    sums = [node for node in graph.nodes if _is_whole_sum(node)]
+    sums = whole_sums(graph)
     if sums:
         said = (f"{len(sums)} additions of tensors of one shape were seen, and none adds to a value what a branch with a "
                 f"contraction makes of that value; the first is at {place_of(sums[0])}")
@@ -24,6 +24,11 @@ def absence(graph: fx.Graph) -> str:
         listed = ", ".join(opaque[:_NAMED]) + (" ..." if len(opaque) > _NAMED else "")
         said += f"; operators that cannot be looked into were seen: {listed}"
     return said
+
+
+def whole_sums(graph: fx.Graph) -> list[fx.Node]:
+    """The additions of two tensors of one shape, as residual additions are."""
+    return [node for node in graph.nodes if _is_whole_sum(node)]
 
 
 def _is_whole_sum(node: fx.Node) -> bool:
