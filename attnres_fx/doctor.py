@@ -38,7 +38,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Build the native kernels if they are not there yet, load them, and say what became of it."""
-    there = build.library_path().exists()
+    there = build.is_built()
     working = native.ensure()
     found = native.state()
     how = "found in the cache" if there else "built"

@@ -61,11 +61,11 @@ def kernels() -> KernelTable:
     state = native.state()
     reason = {
         "ready": "compiled C++, loaded",
-        "not loaded": "compiled C++, loaded at the first call" if build.library_path().exists()
+        "not loaded": "compiled C++, loaded at the first call" if build.is_built()
         else "C++, compiled once at the first call",
         "unavailable": f"the native kernels are not available: {state.reason}",
     }[state.status]
-    if state.status == "not loaded" and not build.library_path().exists() and build.compiler() is None:
+    if state.status == "not loaded" and not build.is_built() and build.compiler() is None:
         implementation, reason = "reference", "no C++ compiler was found to build the native kernels with"
     else:
         implementation = "reference" if state.status == "unavailable" else "native"

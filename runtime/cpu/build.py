@@ -3,6 +3,10 @@
 A library is named after everything that its machine code depends on: the sources, torch's release and ABI, the flags and
 the instruction set. It is written under another name and renamed when it is whole, so that a process never loads half a
 file; a lock keeps processes that start together from doing the same work.
+
+Beside it stands a record of its size and hash. A library that is not what its record says (cut short by a full disk, say)
+would end the process when it is loaded: it is built again. In a directory that others can write to, a library may be theirs:
+nothing is loaded from there.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -68,26 +73,78 @@ def library_path() -> Path:
     return cache_directory() / f"mix_cpu_{digest.hexdigest()[:24]}.so"
 
 
-def build() -> Path:
-    """Compile, unless it has been done. Raises BuildError."""
+def build(report: Callable[[str], None] = lambda reason: None) -> Path:
+    """Compile, unless it has been done. ``report`` is told why a library that is there is built again.
+
+    Raises: BuildError.
+    """
     library = library_path()
-    if library.exists():
+    _check_directory(library.parent)
+    fault = _fault(library)
+    if fault is None:
         return library
     if sys.platform != "linux":
         raise BuildError(f"they are built on Linux only, and this is {sys.platform}")
     command = compiler()
     if command is None:
         wanted = os.environ.get("CXX") or "g++, clang++ or c++"
-        raise BuildError(f"no C++ compiler was found ({wanted})")
+        damaged = f"'{library}' {fault}, and " if library.exists() else ""
+        raise BuildError(f"{damaged}no C++ compiler was found ({wanted})")
     try:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_directory(library.parent)
         with _locked(library.with_suffix(".lock")):
-            if not library.exists():
+            if _fault(library) is not None:
+                if library.exists():
+                    report(f"'{library}' {fault}; it is built again")
                 _compile(command, library)
     except OSError as error:
         raise BuildError(f"{error.strerror or error}: {error.filename or library.parent} (ATTNRES_CACHE_DIR names another "
                          "directory for them)") from error
     return library
+
+
+def is_built() -> bool:
+    """Whether the library is there, as it was written."""
+    return _fault(library_path()) is None
+
+
+def _record_of(content: bytes) -> str:
+    """What a library's record says: its size in bytes and its SHA-256."""
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n"
+
+
+def _check_directory(directory: Path) -> None:
+    """Raise BuildError if another user may have put files into ``directory``, or could exchange them."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return  # it is made, or found missing, later
+    if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
+        raise BuildError(f"the cache directory '{directory}' belongs to another user, whose code would be run "
+                         "(ATTNRES_CACHE_DIR names another)")
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        raise BuildError(f"anyone can write to the cache directory '{directory}', so that its code may be anyone's "
+                         "(take the right away: chmod o-w; or ATTNRES_CACHE_DIR names another)")
+
+
+def _fault(library: Path) -> str | None:
+    """Why ``library`` must not be loaded, in words that follow its name; None if it is as it was written."""
+    try:
+        content, recorded = library.read_bytes(), _record(library).read_text()
+        owners = {path.stat().st_uid for path in (library, _record(library))}
+        open_to_all = any(path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for path in (library, _record(library)))
+    except (OSError, UnicodeDecodeError):
+        return "has no record of its size and hash"
+    if hasattr(os, "geteuid") and not owners <= {os.geteuid(), 0}:
+        return "belongs to another user"
+    if open_to_all:
+        return "can be written to by others"
+    return None if recorded == _record_of(content) else f"holds other bytes than were written ({len(content):,} of them)"
+
+
+def _record(library: Path) -> Path:
+    return library.with_suffix(".sha256")
 
 
 def _flags() -> list[str]:
@@ -110,6 +167,12 @@ def _compile(command: list[str], library: Path) -> None:
                    "-lc10", "-ltorch_cpu", *([str(own[0])] if own else ["-fopenmp"])]
         for step in (compiling, linking):
             _run(step)
+        recorded = Path(work) / "mix.sha256"
+        recorded.write_text(_record_of(result.read_bytes()))
+        for path in (recorded, result):
+            path.chmod(0o644)
+        library.unlink(missing_ok=True)  # a process that has it loaded keeps what it has
+        recorded.replace(_record(library))
         result.replace(library)
 
 

@@ -57,7 +57,7 @@ def ensure() -> bool:
 def _load() -> State:
     begin = time.perf_counter()
     try:
-        library = build.build()
+        library = build.build(lambda reason: warnings.warn(reason, NativeKernelsWarning, stacklevel=4))
         torch.ops.load_library(str(library))
     except build.BuildError as error:
         return State("unavailable", str(error), seconds=time.perf_counter() - begin)

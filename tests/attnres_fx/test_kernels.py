@@ -66,7 +66,9 @@ def test_the_table_follows_the_state(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(native, "_state", native.State("not loaded"))
     assert (row(attnres_fx.kernels()).implementation, row(attnres_fx.kernels()).reason) == (
         "native", "C++, compiled once at the first call")
-    build.library_path().write_bytes(b"")
+    build.library_path().write_bytes(b"library")
+    assert row(attnres_fx.kernels()).reason == "C++, compiled once at the first call"  # it is not as it was written
+    build.library_path().with_suffix(".sha256").write_text(build._record_of(b"library"))
     assert row(attnres_fx.kernels()).reason == "compiled C++, loaded at the first call"
     monkeypatch.setattr(native, "_state", native.State("unavailable", "the moon is full"))
     assert row(attnres_fx.kernels()).implementation == "reference"

@@ -20,7 +20,7 @@ from torch import Tensor
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.mix import MIX, MIX_BACKWARD, MIX_BACKWARD_REFERENCE, MIX_REFERENCE, mix
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None and not build.library_path().exists(),
+needs_compiler = pytest.mark.skipif(build.compiler() is None and not build.is_built(),
                                     reason="no C++ compiler here, and no library built before")
 FAMILY = frozenset({"logit_scale", "normalize_values", "output_factor"})
 NATIVE = Implementation("native", mix, options=FAMILY, dtypes=tuple(ROUNDING), queries=True)
@@ -201,7 +201,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
     both = [subprocess.Popen([sys.executable, "-c", TWO_CALLS], stdout=subprocess.PIPE, text=True, env=environment)
             for _ in range(2)]
     assert [process.communicate(timeout=300)[0].split() for process in both] == [["ready"], ["ready"]]
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".so"]
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".sha256", ".so"]
 
 
 @needs_compiler
@@ -217,7 +217,9 @@ def test_every_instruction_set_compiles(capability: str, tmp_path: Path, monkeyp
 @needs_compiler
 def test_a_library_that_cannot_be_loaded_is_a_warning(tmp_path: Path) -> None:
     code = ("import attnres_fx, torch\nfrom attnres_fx.runtime.cpu import build\n"
-            "build.library_path().write_bytes(b'not a library' * 1000)\n") + TWO_CALLS
+            "build.library_path().write_bytes(b'not a library' * 1000)\n"
+            "record = build._record_of(b'not a library' * 1000)\n"
+            "build.library_path().with_suffix('.sha256').write_text(record)\n") + TWO_CALLS
     done = run(code, tmp_path)
     assert done.stdout.split() == ["unavailable"], done.stderr
     assert "cannot be loaded" in done.stderr and "invalid ELF header" in done.stderr
@@ -242,8 +244,89 @@ def test_a_library_in_place_needs_no_compiler(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
         build.build()
-    build.library_path().write_bytes(b"")
-    assert build.build() == build.library_path()
+    place(build.library_path(), b"library")
+    assert build.is_built() and build.build() == build.library_path()
+
+
+def place(library: Path, content: bytes, record: bytes | None = None) -> None:
+    """A library as a build leaves it; ``record`` is what the record is taken of, where that is something else."""
+    library.write_bytes(content)
+    library.with_suffix(".sha256").write_text(build._record_of(content if record is None else record))
+    for path in (library, library.with_suffix(".sha256")):
+        path.chmod(0o644)
+
+
+SPOILT = {
+    "cut short": lambda library: place(library, b"libr", b"library"),
+    "changed": lambda library: place(library, b"lxbrary", b"library"),
+    "without a record": lambda library: library.write_bytes(b"library"),
+    "an empty record": lambda library: (place(library, b"library"), library.with_suffix(".sha256").write_text("")),
+    "a record that is no text": lambda library: (place(library, b"library"),
+                                                 library.with_suffix(".sha256").write_bytes(b"\xff\xfe")),
+    "writable by all": lambda library: (place(library, b"library"), library.chmod(0o666)),
+    "of another user": lambda library: (place(library, b"library"), os.chown(library, 12345, -1)),
+}
+ROOT = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+
+
+@pytest.mark.parametrize("spoil", [pytest.param(spoil, id=name, marks=ROOT if "user" in name else ())
+                                   for name, spoil in SPOILT.items()])
+def test_a_library_that_is_not_as_it_was_written_is_built_again(
+    spoil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTNRES_CACHE_DIR", str(tmp_path))
+    spoil(build.library_path())
+    assert not build.is_built()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match=r"mix_cpu_.*, and no C\+\+ compiler"):
+        build.build()
+    monkeypatch.setenv("CXX", "true")
+
+    def run(command: list[str]) -> None:
+        if "-shared" in command:
+            Path(command[command.index("-o") + 1]).write_bytes(b"new")
+
+    monkeypatch.setattr(build, "_run", run)
+    told: list[str] = []
+    assert build.build(told.append).read_bytes() == b"new" and build.is_built()
+    assert len(told) == 1 and "it is built again" in told[0]
+    assert build.build(told.append).exists() and len(told) == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_damaged_library_is_one_warning_and_a_new_library(tmp_path: Path) -> None:
+    assert run(TWO_CALLS, tmp_path).stdout.split() == ["ready"]
+    (library,) = tmp_path.glob("*.so")
+    with library.open("r+b") as opened:
+        opened.truncate(300_000)
+    for compiler, status in (("no-such-compiler", "unavailable"), ("", "ready")):
+        done = run(TWO_CALLS, tmp_path, **({"CXX": compiler} if compiler else {}))
+        assert done.returncode == 0 and done.stdout.split() == [status], done.stderr
+        assert done.stderr.count("NativeKernelsWarning") == 1 and "holds other bytes" in done.stderr
+
+
+@pytest.mark.parametrize("mode, told", [(0o777, "anyone can write"), (0o1777, None), (0o775, None), (0o700, None)])
+def test_a_cache_that_anyone_can_write_to_is_not_used(
+    mode: int, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTNRES_CACHE_DIR", str(tmp_path))
+    place(build.library_path(), b"library")
+    tmp_path.chmod(mode)
+    if told is None:
+        assert build.build() == build.library_path()
+    else:
+        with pytest.raises(build.BuildError, match=told):
+            build.build()
+
+
+@ROOT
+def test_a_cache_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNRES_CACHE_DIR", str(tmp_path))
+    place(build.library_path(), b"library")
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(build.BuildError, match="belongs to another user"):
+        build.build()
 
 
 @needs_compiler

@@ -25,7 +25,7 @@ from attnres_fx.runtime.mix_norm import (
 )
 from attnres_fx.runtime.phases import PHASE2
 
-pytestmark = pytest.mark.skipif(build.compiler() is None and not build.library_path().exists(),
+pytestmark = pytest.mark.skipif(build.compiler() is None and not build.is_built(),
                                 reason="no C++ compiler here, and no library built before")
 DTYPES = tuple(ROUNDING)
 OPTIONAL = ("key_gain", "delta", "mixed", "weight", "bias", "partial_grad")

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.phases import PHASE1, PHASE1_REFERENCE, PHASE2, PHASE2_REFERENCE
 
-pytestmark = pytest.mark.skipif(build.compiler() is None and not build.library_path().exists(),
+pytestmark = pytest.mark.skipif(build.compiler() is None and not build.is_built(),
                                 reason="no C++ compiler here, and no library built before")
 PHASE1_BACKWARD = torch.ops.attnres.mix_phase1_backward.default
 PHASE2_BACKWARD = torch.ops.attnres.mix_phase2_backward.default

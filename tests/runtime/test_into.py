@@ -17,7 +17,7 @@ from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.into import INTO
 from attnres_fx.runtime.operators import VARIANTS, operator_of
 
-NATIVE = pytest.mark.skipif(build.compiler() is None and not build.library_path().exists(),
+NATIVE = pytest.mark.skipif(build.compiler() is None and not build.is_built(),
                             reason="no C++ compiler here, and no library built before")
 WRITING = [pytest.param("", marks=NATIVE, id="native"), pytest.param("_reference", id="reference")]
 TYPES = (torch.float32, torch.bfloat16)

@@ -13,7 +13,7 @@ from attnres_fx.runtime import products
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.products import PRODUCTS
 
-NATIVE = pytest.mark.skipif(build.compiler() is None and not build.library_path().exists(),
+NATIVE = pytest.mark.skipif(build.compiler() is None and not build.is_built(),
                             reason="no C++ compiler here, and no library built before")
 aten: Any = torch.ops.aten
 MM = [pytest.param(PRODUCTS[aten.mm.default], marks=NATIVE, id="native"), pytest.param(products.write_mm, id="python")]
