@@ -18,11 +18,22 @@ from torch import Tensor, fx
 from attnres_fx.passes._compat import plain_torch
 from attnres_fx.passes.graph import float_tensor, same_size, value_of
 from attnres_fx.passes.recognize_region import call_neutral, default_eps
-from attnres_fx.passes.vocabulary import CASTS, COPIES, LIKENESSES, argument, is_mutation, op_name
+from attnres_fx.passes.vocabulary import (
+    ADDITIONS,
+    CASTS,
+    COPIES,
+    DIVISIONS,
+    LIKENESSES,
+    MULTIPLICATIONS,
+    SUBTRACTIONS,
+    argument,
+    is_mutation,
+    op_name,
+)
 from attnres_fx.runtime.norm import Norm
 
-_STEPS = CASTS | COPIES | frozenset({
-    "pow", "__pow__", "square", "mul", "imul", "__mul__", "multiply", "div", "truediv", "add", "iadd", "sub", "isub", "mean",
+_STEPS = CASTS | COPIES | ADDITIONS | SUBTRACTIONS | MULTIPLICATIONS | DIVISIONS | frozenset({
+    "pow", "__pow__", "square", "mean",
     "sum", "var", "rsqrt", "sqrt", "reciprocal", "neg", "rms_norm", "_fused_rms_norm", "layer_norm", "native_layer_norm",
     "maximum", "clamp", "clamp_min", "getitem",
 })

@@ -18,13 +18,17 @@ from torch import fx
 from attnres_fx.passes.graph import float_tensor
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import (
+    ADDITIONS,
     CASTS,
     COPIES,
+    DIVISIONS,
     DROPOUTS,
     LIKENESSES,
+    MULTIPLICATIONS,
     NORMS,
     PERMUTES,
     RESHAPES,
+    SUBTRACTIONS,
     addition_of,
     argument,
     is_contraction,
@@ -32,9 +36,6 @@ from attnres_fx.passes.vocabulary import (
 )
 
 _LARGEST_EPS = 2e-3
-_MUL = {"mul", "__mul__", "rmul", "__rmul__", "mul_", "imul", "multiply"}
-_DIV = {"div", "truediv", "__truediv__", "true_divide", "divide", "div_", "itruediv"}
-_ADD = {"add", "__add__", "radd", "__radd__", "add_", "iadd", "sub", "__sub__", "sub_", "isub"}
 _SAME = CASTS | COPIES | RESHAPES | PERMUTES | DROPOUTS | {
     "mean", "sum", "getitem", "expand", "expand_as", "chunk", "split", "select", "slice", "narrow", "neg", "roll", "abs",
     "detach", "pad", "constant_pad_nd", "relu", "amax", "max", "norm", "linalg_vector_norm", "vector_norm", "std", "flip",
@@ -119,11 +120,11 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, Fraction]) -> Fraction:
         return of(first) if len(inputs) == 1 and of(first) != 0 else _fail()
     if name in LIKENESSES or name in {"sign", "argmax"}:
         return Fraction(0)
-    if name in _MUL or name in {"matmul", "bmm", "mm", "__matmul__"}:
+    if name in MULTIPLICATIONS or name in {"matmul", "bmm", "mm", "__matmul__"}:
         return of(first) + of(second)
-    if name in _DIV:
+    if name in DIVISIONS:
         return of(first) - of(second)
-    if name in _ADD:
+    if name in ADDITIONS or name in SUBTRACTIONS:
         if isinstance(first, fx.Node) and isinstance(second, fx.Node):
             return of(first) if of(first) == of(second) else _fail()
         constant = second if isinstance(first, fx.Node) else first

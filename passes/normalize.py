@@ -1,8 +1,10 @@
 """Normalize: bring the spellings of an addition to one, ``aten.add.Tensor(left, right)`` without side effect.
 
 Matches: in-place additions (``x += f``, ``x.add_(f)``) whose target no other live tensor shares memory with;
-``alpha=``; ``torch.addcmul``, ``torch.sub``; sums of a two- or more-element stack. Replaces with: plain sums of two tensors.
-Everything else, and every in-place addition whose target is shared, stays as it is; detection refuses those by name.
+``alpha=``; ``torch.addcmul``, ``torch.sub``; ``torch.addmm`` and ``torch.baddbmm`` to a tensor of the result's shape; sums
+of a two- or more-element stack; ``0 + x``, with which Python's ``sum`` begins. Replaces with: plain sums of two tensors, the
+last with a copy. Everything else, and every in-place addition whose target is shared, stays as it is; detection refuses
+those by name.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import fx
 
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import float_tensor, insert_call, same_size, value_of
-from attnres_fx.passes.vocabulary import Addition, addition_of, argument, is_mutation, op_name, viewed
+from attnres_fx.passes.vocabulary import ADDITIONS, Addition, addition_of, argument, is_mutation, op_name, viewed
 
 ADD = torch.ops.aten.add.Tensor
 
@@ -37,6 +39,7 @@ def normalize_graph(graph: fx.Graph) -> int:
             continue
         found = addition_of(node)
         if found is None:
+            replaced += _adds_zero(node)
             continue
         if is_mutation(node):
             replaced += _make_functional(node, found, order)
@@ -58,6 +61,21 @@ def _make_functional(node: fx.Node, found: Addition, order: dict[fx.Node, int]) 
     for user in later:
         user.replace_input_with(target, result)
     return 1
+
+
+def _adds_zero(node: fx.Node) -> bool:
+    """``0 + x`` is a copy of x."""
+    if op_name(node) not in ADDITIONS or is_mutation(node):
+        return False
+    parts = [argument(node, 0, "input", node.kwargs.get("self")), argument(node, 1, "other")]
+    whole, tensors = float_tensor(node), [part for part in parts if float_tensor(part) is not None]
+    zeros = [part for part in parts if type(part) in (int, float) and part == 0]
+    if whole is None or len(tensors) != 1 or len(zeros) != 1 or value_of(tensors[0]).dtype != whole.dtype:
+        return False
+    with node.graph.inserting_before(node):
+        node.replace_all_uses_with(insert_call(node.graph, torch.ops.aten.clone.default, (tensors[0],), like=node))
+    node.graph.erase_node(node)
+    return True
 
 
 def _owns_memory(target: fx.Node, mutation: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -113,6 +131,25 @@ def _addcmul(node: fx.Node) -> bool:
     return True
 
 
+def _addmm(node: fx.Node) -> bool:
+    """``addmm(x, a, b, beta=c, alpha=k)`` is ``c * x + k * (a @ b)``; not where x is a bias, of another shape."""
+    base, first, second = (argument(node, i, n) for i, n in enumerate(("input", "mat1", "mat2")))
+    if op_name(node) == "baddbmm":
+        first, second = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+    whole, added = float_tensor(node), float_tensor(base)
+    if whole is None or added is None or is_mutation(node) or not same_size(added.shape, whole.shape):
+        return False
+    if base.op in ("placeholder", "get_attr") and isinstance(value_of(base), torch.nn.Parameter):
+        return False  # a bias of the result's own shape
+    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    target = torch.ops.aten.bmm.default if op_name(node) == "baddbmm" else torch.ops.aten.mm.default
+    with node.graph.inserting_before(node):
+        product = insert_call(node.graph, target, (first, second), like=node)
+    _replace_by_sum(node, base if beta == 1 else _scaled(node, base, beta),
+                    product if alpha == 1 else _scaled(node, product, alpha))
+    return True
+
+
 def _sub(node: fx.Node) -> bool:
     """``x - f`` is ``x + (-1) * f``; not where f is broadcast, as the mean within a norm."""
     left, right = argument(node, 0, "input"), argument(node, 1, "other")
@@ -150,7 +187,10 @@ def _sum_of_stack(node: fx.Node) -> bool:
 
 _SPELLINGS: dict[str, Callable[[fx.Node], bool]] = {
     "addcmul": _addcmul,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
     "sub": _sub,
+    "subtract": _sub,
     "__sub__": _sub,
     "sum": _sum_of_stack,
 }

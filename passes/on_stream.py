@@ -18,7 +18,9 @@ from attnres_fx.passes.recognize_rows import static_numel
 from attnres_fx.passes.streams import WRITES, Layer, Obstacle
 from attnres_fx.passes.vocabulary import (
     BATCH_NORMS,
+    DIVISIONS,
     LIKENESSES,
+    MULTIPLICATIONS,
     NORMS,
     STATE_UPDATES,
     addition_of,
@@ -33,7 +35,7 @@ from attnres_fx.passes.vocabulary import (
 
 # How far a skip is followed back through operations on the stream, in nodes: a hand-written norm takes about ten.
 _REACH = 24
-_MULTIPLIES = {"mul", "__mul__", "imul", "mul_", "div", "truediv", "__truediv__", "div_", "lerp", "rmul", "__rmul__"}
+_MULTIPLIES = MULTIPLICATIONS | DIVISIONS | {"lerp"}
 _PRODUCTS = {"matmul", "bmm", "mm", "einsum", "__matmul__", "imatmul", "tensordot"}
 # More lanes than this are tokens or features.
 _MOST_LANES = 16

@@ -21,10 +21,14 @@ from attnres_fx.passes.recognize_rows import (
     widens,
 )
 from attnres_fx.passes.vocabulary import (
+    ADDITIONS,
     CASTS,
     COPIES,
+    DIVISIONS,
+    MULTIPLICATIONS,
     PERMUTES,
     RESHAPES,
+    SUBTRACTIONS,
     argument,
     is_active_dropout,
     is_mutation,
@@ -37,11 +41,10 @@ SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 ATTENTION = "scaled_dot_product_attention"
 MAX_QUERIES = 16
 
-PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "rmul", "imul", "multiply", "matmul", "__matmul__", "bmm", "mm", "mv",
-                      "dot", "inner", "einsum", "tensordot", "addcmul", "baddbmm", "addbmm", "mul_"})
-_ARITHMETIC = frozenset({
-    "add", "__add__", "__radd__", "radd", "iadd", "add_", "sub", "__sub__", "rsub", "isub", "sub_", "div",
-    "truediv", "__truediv__", "itruediv", "div_", "rtruediv", "true_divide", "divide", "pow", "__pow__", "pow_",
+PRODUCTS = MULTIPLICATIONS | {"matmul", "__matmul__", "bmm", "mm", "mv", "dot", "inner", "einsum", "tensordot", "addcmul",
+                              "baddbmm", "addbmm"}
+_ARITHMETIC = ADDITIONS | SUBTRACTIONS | DIVISIONS | frozenset({
+    "rsub", "rtruediv", "pow", "__pow__", "pow_",
     "rpow", "square", "square_", "sqrt", "sqrt_", "rsqrt", "rsqrt_", "reciprocal", "neg", "exp", "exp_", "log",
     "sum", "mean", "amax", "max", "logsumexp", "norm", "vector_norm", "linalg_vector_norm", "maximum", "clamp",
     "clamp_min", "rms_norm", "_fused_rms_norm", "normalize", "log_softmax", "var", "abs", "tanh", "masked_fill",

@@ -35,7 +35,20 @@ from attnres_fx.passes.recognize_rows import (
     shape_of,
     static_numel,
 )
-from attnres_fx.passes.vocabulary import CASTS, COPIES, argument, is_active_dropout, op_name
+from attnres_fx.passes.vocabulary import (
+    ADDITIONS,
+    CASTS,
+    COPIES,
+    DIVISIONS,
+    MULTIPLICATIONS,
+    SUBTRACTIONS,
+    argument,
+    is_active_dropout,
+    op_name,
+)
+
+# What may stand between the logits and their softmax.
+_STEPS = ADDITIONS | SUBTRACTIONS | MULTIPLICATIONS | DIVISIONS | CASTS | COPIES | {"masked_fill", "where", "squeeze"}
 
 
 def _forward(anchor: fx.Node, facts: Facts, limit: int, dropout: bool) -> Iterator[fx.Node]:
@@ -168,7 +181,7 @@ def _plausible(anchor: fx.Node, facts: Facts) -> bool:
         if name in {"linear", "matmul", "__matmul__", "bmm", "mm", "baddbmm"}:
             operands = _tensor_inputs(node)[-1:] if name == "linear" else _tensor_inputs(node)
             return any(_from_parameters(operand, facts) for operand in operands)
-        if name not in {"add", "iadd", "mul", "div", "truediv", "sub", "masked_fill", "where", "squeeze"} | CASTS | COPIES:
+        if name not in _STEPS:
             continue
         fresh = [source for source in _tensor_inputs(node) if source not in seen]
         seen.update(fresh)

@@ -16,6 +16,10 @@ from torch import fx
 from attnres_fx.passes.graph import float_tensor, same_size, value_of
 
 ADDITIONS = frozenset({"add", "iadd", "add_", "__add__", "__iadd__", "__radd__", "radd"})
+SUBTRACTIONS = frozenset({"sub", "isub", "sub_", "__sub__", "__isub__", "subtract", "subtract_"})
+MULTIPLICATIONS = frozenset({"mul", "imul", "mul_", "__mul__", "__imul__", "__rmul__", "rmul", "multiply", "multiply_"})
+DIVISIONS = frozenset({"div", "div_", "truediv", "itruediv", "__truediv__", "__itruediv__", "divide", "divide_",
+                       "true_divide", "true_divide_"})
 
 CASTS = frozenset({"to", "_to_copy", "float", "double", "half", "bfloat16", "type_as", "type", "convert_element_type"})
 COPIES = frozenset({"contiguous", "clone", "alias", "detach_", "Identity", "lift_fresh_copy", "with_sharding_constraint"})

@@ -12,18 +12,20 @@ import fused
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # How an addition is spelled. Each takes the stream and the branch's output.
 SPELLINGS = ("x + f", "f + x", "torch.add", "alpha", "iadd", "add_", "addcmul", "stack", "sub", "f += x", "fused",
-             "fused in place")
+             "fused in place", "sum", "subtract", "addmm", "baddbmm")
 # What a branch does. "plain" reads the stream raw; "mixer" has no contraction.
 BRANCHES = ("pre", "plain", "rms", "hand_rms", "sandwich", "parallel_left", "parallel_right", "parallel_inner", "dropout",
             "layer_scale", "rezero", "constant", "mixer", "nested", "broadcast", "half", "shared", "flat", "permuted",
-            "attention", "fan_out", "in_place")
+            "attention", "fan_out", "in_place", "turned", "turned_bare", "sliced", "padded", "channels", "flipped")
 # How features are added to the stream in front of a layer: whole, by rows, by a mask, in place, or the first value again.
 INJECTIONS = ("sum", "row", "masked", "written", "index_add", "first")
 # What may stand on the stream and forbid a rewrite, with the error class that names it.
-OBSTACLES = {"scale": "ScaledStreamError", "norm": "PostNormError", "gate": "GatedStreamError",
+OBSTACLES = {"scale": "ScaledStreamError", "multiply": "ScaledStreamError", "divide": "ScaledStreamError",
+             "true_divide": "ScaledStreamError", "norm": "PostNormError", "gate": "GatedStreamError",
              "tanh": "StreamOperationError", "mutation": "MutatedStreamError", "lanes": "GatedStreamError",
              "cell": "GatedStreamError", "overwrite": "MutatedStreamError", "first value": "ScaledStreamError",
              "long skip": "StreamOperationError"}
@@ -50,6 +52,8 @@ class Spec:
     seed: int = 0
     injection: str | None = None
     injection_at: int = 0
+    turned_start: bool = False  # the first value of the stream is a transposed view
+    checkpointed: bool = False  # every layer under torch.utils.checkpoint, in inference too
 
     @property
     def late(self) -> bool:
@@ -84,6 +88,8 @@ class Layer(nn.Module):
         self.scale, self.alpha = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.rand(()) + 0.5)
         self.shared = shared if spec.branch == "shared" else None
         self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.wide, self.pointwise = nn.Linear(width, width + 4), nn.Conv1d(width, width, 1)
+        self.bare = nn.Linear(width, width, bias=False)
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The outputs that are added to the stream, as functions of the layer's input."""
@@ -104,6 +110,20 @@ class Layer(nn.Module):
             q, k = self.other(h), self.inner[0](h)
             scores = (q @ k.transpose(-1, -2)) * self.width**-0.5
             return [scores.softmax(-1) @ self.inner[1](h)]
+        # What a branch gives may lie in any order, and have gaps.
+        match kind:
+            case "turned":
+                return [self.down(torch.tanh(self.up(h.transpose(0, 1)))).transpose(0, 1)]
+            case "turned_bare":
+                return [self.bare(torch.tanh(h.transpose(0, 1).contiguous())).transpose(0, 1)]
+            case "sliced":
+                return [self.wide(h)[..., 2:-2]]
+            case "padded":
+                return [F.pad(self.other(h), (0, 3))[..., :-3]]
+            case "channels":
+                return [self.pointwise(h.transpose(-1, -2)).transpose(-1, -2)]
+            case "flipped":
+                return [self.other(h) + 0.3 * torch.tanh(h.flip(1))]
         f = self.down(F.gelu(self.up(h), approximate="tanh"))
         if kind == "sandwich":
             f = self.out_norm(f)
@@ -172,6 +192,15 @@ class Layer(nn.Module):
                 return torch.stack([x, f]).sum(0)
             case "sub":
                 return x - (-f)
+            case "subtract":
+                return torch.subtract(x, -f)
+            case "sum":
+                return sum([x, f])  # type: ignore[return-value]
+            case "addmm":
+                one = torch.eye(self.width, dtype=x.dtype)
+                return torch.addmm(x.reshape(-1, self.width), f.reshape(-1, self.width), one).view(x.shape)
+            case "baddbmm" if x.dim() == 3:
+                return torch.baddbmm(x, f, torch.eye(self.width, dtype=x.dtype).expand(len(x), -1, -1))
             case _:
                 return x + f
 
@@ -212,7 +241,7 @@ class Network(nn.Module):
         self.final, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def embed(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
+        x = self.embedding(ids.t()).transpose(0, 1) if self.spec.turned_start else self.embedding(ids)
         return x + self.positions[: ids.shape[1]] if self.spec.position_table else x
 
     def injected(self, ids: Tensor) -> Tensor:
@@ -264,6 +293,12 @@ class Network(nn.Module):
                 return x + 0.5 * hidden[1]
             case "scale":
                 return 0.9 * x
+            case "multiply":
+                return torch.multiply(x, 0.9)
+            case "divide":
+                return torch.divide(x, 1.1)
+            case "true_divide":
+                return torch.true_divide(x, 1.1)
             case "norm":
                 return self.stream_norm(x)
             case "gate":
@@ -289,7 +324,7 @@ class Network(nn.Module):
                 x = self.on_stream(x, hidden)
             if self.spec.injection is not None and index == self.spec.injection_at:
                 x = self.inject(x, hidden[0], ids)
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.spec.checkpointed else layer(x)
             hidden.append(x)
         return self.finish(x, hidden)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from traced import TRACERS, Step, Toy, assert_sound, run, toy_input, trace
+from traced import TRACERS, WIDTH, Step, Toy, assert_sound, run, toy_input, trace
 
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.normalize import ADD, normalize, normalize_graph
@@ -50,6 +50,15 @@ SPELLINGS: dict[str, tuple[Step, bool]] = {
     "torch.sum of stack": (lambda m, x, i: torch.sum(torch.stack((m.branch(x, i), x), dim=1), dim=1), True),
     "x - f": (lambda m, x, i: x - m.branch(x, i), True),
     "torch.sub alpha": (lambda m, x, i: torch.sub(x, m.branch(x, i), alpha=0.5), True),
+    "torch.subtract": (lambda m, x, i: torch.subtract(x, m.branch(x, i)), True),
+    "sum of a list": (lambda m, x, i: sum([x, m.branch(x, i)]), True),
+    "0 + x": (lambda m, x, i: (0 + x) + m.branch(x, i), True),
+    "x + 0.0": (lambda m, x, i: (x + 0.0).add(m.branch(x, i)), True),
+    "baddbmm": (lambda m, x, i: torch.baddbmm(x, m.branch(x, i), torch.eye(WIDTH).expand(2, -1, -1)), True),
+    "baddbmm alpha": (lambda m, x, i: torch.baddbmm(x, m.branch(x, i), torch.eye(WIDTH).expand(2, -1, -1),
+                                                    alpha=0.5), True),
+    "addmm": (lambda m, x, i: torch.addmm(x.flatten(0, 1), m.branch(x, i).flatten(0, 1), torch.eye(WIDTH)).view(2, 4, WIDTH),
+              True),
     "torch.clone": (lambda m, x, i: x.clone() + m.branch(x, i), False),
 }
 

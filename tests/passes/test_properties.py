@@ -37,6 +37,8 @@ SPECS = st.builds(
     seed=st.integers(0, 10_000),
     injection=st.one_of(st.none(), st.sampled_from(INJECTIONS)),
     injection_at=st.integers(1, 5),
+    turned_start=st.booleans(),
+    checkpointed=st.sampled_from((False, False, True)),
 )
 
 
@@ -47,7 +49,10 @@ def normal_spec(spec: Spec) -> Spec:
         return replace(spec, injection=None, obstacle_at=least + spec.obstacle_at % (len(spec.layers) - least))
     least = 2 if spec.injection == "first" else 1
     if spec.injection is not None and len(spec.layers) > least:
-        return replace(spec, obstacle=None, injection_at=least + spec.injection_at % (len(spec.layers) - least))
+        # What is added to matrices is added in a layout of its own, as "flat" does.
+        layers = tuple(replace(each, spelling="sum") if each.spelling == "addmm" else each for each in spec.layers)
+        return replace(spec, layers=layers, obstacle=None,
+                       injection_at=least + spec.injection_at % (len(spec.layers) - least))
     return replace(spec, obstacle=None, injection=None)
 
 
