@@ -25,6 +25,7 @@ from attnres_fx.passes._compat import GraphPasses, run_aot_eager, run_inductor, 
 from attnres_fx.passes.arena import place_rows_for_backward, place_rows_of_call
 from attnres_fx.passes.fit import schedule_within
 from attnres_fx.passes.fuse import fuse_mixes
+from attnres_fx.passes.inline import holds_checkpoint, without_recomputation
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
 from attnres_fx.passes.plan import StreamPlan
@@ -73,6 +74,8 @@ def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Optio
     """Hand a graph, with the schedule and the kernels that the options name, to the compiler that they name."""
     wished = "one-pass" if options.schedule == "auto" and options.downstream != "inductor" else options.schedule
     training = torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs)
+    if not training and holds_checkpoint(gm):
+        gm = without_recomputation(gm)
     fuses = options.fuse == "always" or (options.fuse == "auto" and options.downstream == "inductor")
     if options.memory_budget is not None and any(_is_ours(node) for node in gm.graph.nodes):
         gm = schedule_within(gm, wished, training, options.memory_budget, fuse_mixes if fuses else lambda given: given)

@@ -93,6 +93,8 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         return _runner(module, base)(module, *args, **kwargs)
     except Exception as error:
         inner = inner_error(error)
+        if install_output_capture(module, kwargs, error):
+            return _run(module, base, args, kwargs)
         if isinstance(inner, AttnResError):
             raise inner from None
         if is_recompile_limit(error):

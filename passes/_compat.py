@@ -342,17 +342,23 @@ def skipped_frame() -> tuple[str, str] | None:
     return None
 
 
-def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Install the hooks behind ``output_hidden_states`` and its kin, if the call asks for them.
+def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any], error: BaseException | None = None) -> bool:
+    """Install the hooks behind ``output_hidden_states`` and its kin, if the call asks for them, or if the tracer says by
+    ``error`` that something within the model does; whether there is anything to install that was not there.
 
     transformers installs them under a lock at the first such call, and Dynamo cannot trace a lock.
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    if capturing is None or not any(name.startswith("output_") and value for name, value in kwargs.items()):
-        return
-    for module in model.modules():
-        if _captures(type(module), capturing.__file__):
-            capturing.maybe_install_capturing_hooks(module)
+    if capturing is None:
+        return False
+    asked = any(name.startswith("output_") and value for name, value in kwargs.items()) if error is None else (
+        is_graph_break(error) and str(capturing.__file__) in str(error))
+    mark = "_output_capturing_hooks_installed"
+    found = [module for module in model.modules() if _captures(type(module), capturing.__file__)] if asked else []
+    missing = [module for module in found if not getattr(module, mark, False)]
+    for module in missing:
+        capturing.maybe_install_capturing_hooks(module)
+    return bool(missing)
 
 
 def _captures(cls: type, file: str | None) -> bool:

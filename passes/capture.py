@@ -50,6 +50,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             compile_whole(call, _stop, dynamic=False)(*args, **kwargs)
     except Exception as error:
         inner = inner_error(error)
+        if install_output_capture(model, kwargs, error):
+            return capture(model, args, kwargs)
         if isinstance(inner, _Captured):
             return inner.gm, inner.inputs
         if isinstance(inner, AttnResError):

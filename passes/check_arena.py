@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnres_fx.passes._compat import hinted, runs_in_place_order
-from attnres_fx.passes.graph import same_size, value_of
+from attnres_fx.passes.graph import is_contiguous, same_size, value_of
 from attnres_fx.passes.vocabulary import RESHAPES, changed_by, is_mutation, op_name
 from attnres_fx.runtime.errors import LayoutError
 
@@ -67,7 +67,7 @@ def check_arena(graph: fx.Graph, memories: Collection[fx.Node]) -> None:
 def _place(view: fx.Node, memory: fx.Node) -> _Place:
     value, whole = value_of(view), value_of(memory)
     place = _Place(memory, int(hinted(value.storage_offset())), int(hinted(value.storage_offset() + value.numel())))
-    if view.target is not torch.ops.aten.as_strided.default or not value.is_contiguous() or value.dtype != whole.dtype or (
+    if view.target is not torch.ops.aten.as_strided.default or not is_contiguous(value) or value.dtype != whole.dtype or (
             place.stop > int(hinted(whole.numel()))):
         raise LayoutError(f"'{view.name}' is no row within '{memory.name}'", remedy=_REMEDY)
     return place
@@ -102,12 +102,12 @@ def _in_order(node: fx.Node, row: fx.Node) -> bool:
         return False
     like = value_of(loop if loop is not node else source)
     while source is not row:
-        if op_name(source) not in RESHAPES or not value_of(source).is_contiguous() or not same_size(
+        if op_name(source) not in RESHAPES or not is_contiguous(value_of(source)) or not same_size(
                 value_of(source).shape, like.shape):
             return False
         source = source.all_input_nodes[0]
         like = value_of(source)
-    return bool(value_of(row).is_contiguous())
+    return is_contiguous(value_of(row))
 
 
 def _flat(arguments: object) -> Iterator[object]:

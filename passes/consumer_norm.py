@@ -103,7 +103,7 @@ def _is_step(node: fx.Node, inside: set[fx.Node], width: int) -> bool:
 
 def _is_vector(node: fx.Node, width: int) -> bool:
     value = float_tensor(node)
-    return value is not None and value.dim() == 1 and value.shape[0] == width
+    return value is not None and same_size(value.shape, [width])
 
 
 def _closed(mix: fx.Node, region: Sequence[fx.Node]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from attnres_fx.passes.graph import value_of
+from attnres_fx.passes.graph import same_size, value_of
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import BATCH_NORMS, PERMUTES, argument, op_name, passed_through, permutation_of
 
@@ -59,4 +59,4 @@ def _follow(node: fx.Node, source: fx.Node, origin: list[int]) -> list[int] | No
     if op_name(node) in PERMUTES:
         return [origin[dim] for dim in permutation_of(node)]
     before, after = value_of(source), value_of(node)
-    return origin if before.dim() == after.dim() and tuple(before.shape) == tuple(after.shape) else None
+    return origin if before.dim() == after.dim() and same_size(before.shape, after.shape) else None

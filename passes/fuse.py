@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from attnres_fx.passes.consumer_norm import ConsumerNorm, consumer_norm
-from attnres_fx.passes.graph import copy_graph_module, float_tensor, insert_call, same_size, value_of
+from attnres_fx.passes.graph import copy_graph_module, float_tensor, insert_call, is_contiguous, same_size, value_of
 from attnres_fx.passes.moving import changes_near, keep_tags
 from attnres_fx.passes.vocabulary import ADDITIONS, LIKENESSES, addition_of, argument, is_mix, is_mutation, op_name
 from attnres_fx.runtime.mix_norm import MIX_NORM
@@ -151,7 +151,7 @@ def _replace(fusion: Fusion) -> None:
         if fusion.addition is not None:
             known = value_of(fusion.addition)  # of any strides, where the sum is one of a fused node contiguous
             partial = insert_call(graph, operator.getitem, (made, 1), like=fusion.addition,
-                                  value=known if known.is_contiguous() else None,
+                                  value=known if is_contiguous(known) else None,
                                   record=fusion.addition.meta.get("attnres"))
             fusion.addition.replace_all_uses_with(partial, delete_user_cb=lambda user: user is not mix)
     norm.node.replace_all_uses_with(normed)

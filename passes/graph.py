@@ -40,6 +40,18 @@ def same_size(a: Sequence[Any], b: Sequence[Any]) -> bool:
                for x, y in zip(a, b))
 
 
+def is_contiguous(value: torch.Tensor) -> bool:
+    """Whether a tensor is known to be contiguous, without adding guards on symbolic sizes: torch's own question fails where
+    only a call tells a size.
+    """
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride())):
+        if not same_size([size], [1]) and not same_size([stride], [expected]):
+            return False
+        expected = expected * size
+    return True
+
+
 def value_key(graph: fx.Graph) -> str:
     """The metadata key under which this graph keeps its traced values."""
     return "example_value" if any("example_value" in node.meta for node in graph.nodes) else "val"

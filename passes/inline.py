@@ -45,6 +45,16 @@ def holds_checkpoint(gm: fx.GraphModule) -> bool:
     return any(op_name(node) == _CHECKPOINT or "ac_graph_id" in node.meta for node in gm.graph.nodes)
 
 
+def without_recomputation(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` without the tags of checkpointed layers, in place: a call without a backward recomputes nothing, and
+    AOTAutograd would ask for the state of every random operator in such a layer.
+    """
+    for node in gm.graph.nodes:
+        for tag in ("recompute", "ac_graph_id"):
+            node.meta.pop(tag, None)
+    return gm
+
+
 def _is_region(node: fx.Node) -> bool:
     return (node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
             and op_name(node) in _REGIONS and _body_node(node) is not None)

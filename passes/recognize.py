@@ -224,7 +224,7 @@ class _Rewriter:
         return query, self._shaped(proposal.vectors[meaning.gain], [width], output)
 
     def _shaped(self, node: fx.Node, shape: list[Any], output: fx.Node) -> fx.Node:
-        if list(shape_of(node)) == shape:
+        if same_size(shape_of(node), shape):
             return node
         return self._make(aten.reshape.default, (node, shape), output)
 

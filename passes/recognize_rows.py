@@ -123,10 +123,12 @@ def _indexing(node: fx.Node) -> _Indexing | None:
         axis, size = dim % rank, shape_of(source)[dim % rank]
         if name == "select":
             return _one_axis(source, axis, argument(node, 2, "index"), size)
-        start = argument(node, 2, "start", 0) or 0
-        stop = argument(node, 3, "end", size) if name == "slice" else start + argument(node, 3, "length")
-        if name == "slice" and argument(node, 4, "step", 1) != 1:
+        start, step = argument(node, 2, "start", 0), argument(node, 4, "step", 1) if name == "slice" else 1
+        stop = argument(node, 3, "end", size) if name == "slice" else argument(node, 3, "length")
+        start = 0 if start is None else start
+        if not isinstance(start, int) or not isinstance(stop, (int, type(None))) or step != 1:
             return None
+        stop = start + stop if name == "narrow" and stop is not None else stop
         return _one_axis(source, axis, slice(start, stop), size)
     if name == "getitem":
         index = node.args[1]

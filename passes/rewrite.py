@@ -18,7 +18,7 @@ from torch import fx
 
 from attnres_fx.passes._compat import hinted
 from attnres_fx.passes.finish import finish
-from attnres_fx.passes.graph import insert_call, same_size, value_of
+from attnres_fx.passes.graph import insert_call, is_contiguous, same_size, value_of
 from attnres_fx.passes.partition import sources_at
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.streams import Layer, Stream
@@ -197,7 +197,7 @@ class _Rewriter:
         """The value of the original sum, where a sum or mix of ``parts`` is traced to the very same one."""
         value: torch.Tensor = value_of(original)
         alike = all(value_of(part).dtype == value.dtype and same_size(value_of(part).shape, value.shape) for part in parts)
-        return value if alike and self.stream.feature_dim == -1 and value.is_contiguous() else None
+        return value if alike and self.stream.feature_dim == -1 and is_contiguous(value) else None
 
     def _move_to_reader(self, mixed: fx.Node, position: int) -> None:
         """A mix is recomputed with the layer that reads it: what a checkpointed layer keeps is the partial sum, p_l."""
@@ -243,9 +243,9 @@ def memory_order(value: torch.Tensor) -> list[int] | None:
     cannot be known. Of dimensions of one element, whose strides mean nothing, the order stays.
     """
     dims = list(range(value.dim()))
-    if not value.is_contiguous():
+    if not is_contiguous(value):
         dims.sort(key=lambda dim: -hinted(value.stride(dim)))
-    return dims if value.permute(dims).is_contiguous() else None
+    return dims if is_contiguous(value.permute(dims)) else None
 
 
 def _with_last(order: list[int], dim: int) -> list[int] | None:
