@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import unwrap
+from attnres_fx.passes._dynamo import unwrap
 from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect

@@ -21,7 +21,8 @@ import attnres_fx.passes
 import attnres_fx.runtime
 from attnres_fx.one_line import convert_while_compiling, refuse_given_up
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import GraphPasses, run_aot_eager, run_inductor, watch_given_up_frames
+from attnres_fx.passes._compat import GraphPasses, run_aot_eager, run_inductor
+from attnres_fx.passes._dynamo import watch_given_up_frames
 from attnres_fx.passes.arena import place_rows_for_backward, place_rows_of_call
 from attnres_fx.passes.fit import schedule_within
 from attnres_fx.passes.fuse import fuse_mixes

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from attnres_fx.adapters import host_of, train_with_adapters
 from attnres_fx.analysis import as_args, name_streams, owner_of
-from attnres_fx.passes._compat import unwrap
+from attnres_fx.passes._dynamo import unwrap
 from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import (
+from attnres_fx.passes._dynamo import (
     Frame,
     compiling_frame,
     graph_break_reason,

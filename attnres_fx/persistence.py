@@ -38,7 +38,7 @@ from attnres_fx.files import (
     whole_directory,
     write_tensors,
 )
-from attnres_fx.passes._compat import unwrap
+from attnres_fx.passes._dynamo import unwrap
 from attnres_fx.runner import is_converted_class
 from attnres_fx.runtime.errors import AlreadyConvertedError, CheckpointFileError, OptionError
 from attnres_fx.runtime.parameters import streams_of

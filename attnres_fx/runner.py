@@ -16,14 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import (
-    compile_whole,
-    inner_error,
-    install_output_capture,
-    is_recompile_limit,
-    is_traced,
-    run_aot_eager,
-)
+from attnres_fx.passes._compat import run_aot_eager
+from attnres_fx.passes._dynamo import compile_whole, inner_error, install_output_capture, is_recompile_limit, is_traced
 from attnres_fx.passes.capture import translate
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.analysis import as_args
 from attnres_fx.conversion import plans_of
-from attnres_fx.passes._compat import unwrap
+from attnres_fx.passes._dynamo import unwrap
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import copy_graph_module

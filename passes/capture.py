@@ -8,16 +8,19 @@ from typing import Any
 
 from torch import fx, nn
 
-from attnres_fx.passes._compat import (
+from attnres_fx.passes._dynamo import (
     compile_whole,
     inner_error,
     install_output_capture,
     is_graph_break,
     is_model_failure,
+    pass_over_requires_grad,
     tracing_alone,
 )
 from attnres_fx.passes.graph import copy_graph_module
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
+
+pass_over_requires_grad()
 
 
 class _Captured(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from attnres_fx.passes._compat import graph_break_reason
+from attnres_fx.passes._dynamo import graph_break_reason
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.encoder_layer import expand_encoder_layers_graph
 from attnres_fx.passes.finish import finish

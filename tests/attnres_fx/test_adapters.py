@@ -260,3 +260,23 @@ def test_a_release_that_cannot_name_modules_is_told_of(monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match="not part of the model's adapters"):
         attnres_fx.convert(model, (models.token_ids(),), CALL, num_blocks=2)
     assert step(disturb(model))["base_model.model.attnres.stream.query"].norm() > 0
+
+
+@pytest.mark.parametrize("checkpoint", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["new", "reentrant"])
+@pytest.mark.parametrize("hooked_first", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_adapter_is_trained_with_checkpointed_layers(checkpoint: Any, hooked_first: bool, compiled: bool) -> None:
+    base = llama()
+    if hooked_first:
+        base.enable_input_require_grads()
+    attnres_fx.convert(base, (models.token_ids(),), CALL, num_blocks=2)
+    model = disturb(peft.get_peft_model(base, lora(modules_to_save=["attnres"]))).train()
+    expected = step(model)
+    if not hooked_first:
+        base.enable_input_require_grads()
+    base.gradient_checkpointing_enable(checkpoint)
+    found = step(torch.compile(model, **DEFAULT) if compiled else model)
+    found = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
+    assert found.keys() == expected.keys()
+    assert any("lora_A" in name for name in found) and any("query" in name for name in found)
+    assert max(models.relative(found[name], expected[name]) for name in expected) < 2e-5

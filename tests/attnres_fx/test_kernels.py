@@ -18,7 +18,7 @@ from attnres_fx import cli
 from attnres_fx.errors import KernelError, OptionError
 from attnres_fx.kernel_table import Kernel, KernelTable
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import inner_error
+from attnres_fx.passes._dynamo import inner_error
 from attnres_fx.passes.select import KERNELS, select_kernels
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.mix import MIX, MIX_REFERENCE, mix

@@ -14,7 +14,7 @@ import attnres_fx
 from attnres_fx import backend as backend_module
 from attnres_fx.errors import MemoryBudgetError, OptionError
 from attnres_fx.options import DOWNSTREAMS, Options
-from attnres_fx.passes._compat import inner_error
+from attnres_fx.passes._dynamo import inner_error
 
 
 class Tower(nn.Module):
