@@ -34,6 +34,7 @@ from attnres_fx.passes.recognize import Recognized, recognize
 from attnres_fx.passes.reread import reread_norms
 from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.select import select_kernels
+from attnres_fx.reduction import hold_to_reduction, stream_inputs
 from attnres_fx.runtime.arena import ArenaPool
 from attnres_fx.runtime.errors import OptionError
 
@@ -61,7 +62,7 @@ def attnres(
         for plan in plans:
             _check_fixed(plan, chosen)
         _record(rewritten, plans)
-        return compile_downstream(rewritten, example_inputs, chosen)
+        return hold_to_reduction(compile_downstream(rewritten, example_inputs, chosen), stream_inputs(gm))
     working = prepare(gm)
     mixes = recognize(working)
     if mixes:

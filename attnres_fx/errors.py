@@ -28,11 +28,13 @@ from attnres_fx.runtime.errors import (
     PostNormError,
     ReplacedParametersError,
     ScaledStreamError,
+    ShardedStreamError,
     SitesChangedError,
     SplitStreamError,
     StreamOperationError,
     StreamRefusedError,
     TracingError,
+    UnreducedGradientsError,
 )
 
 __all__ = [
@@ -61,9 +63,11 @@ __all__ = [
     "PostNormError",
     "ReplacedParametersError",
     "ScaledStreamError",
+    "ShardedStreamError",
     "SitesChangedError",
     "SplitStreamError",
     "StreamOperationError",
     "StreamRefusedError",
     "TracingError",
+    "UnreducedGradientsError",
 ]

@@ -21,6 +21,7 @@ from attnres_fx.passes._dynamo import compile_whole, inner_error, install_output
 from attnres_fx.passes.capture import translate
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
+from attnres_fx.reduction import hold_to_reduction, stream_inputs
 from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, SitesChangedError
 from attnres_fx.runtime.marker import ENTER
 from attnres_fx.runtime.parameters import stream_parameters
@@ -44,9 +45,8 @@ def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callab
                                 remedy="this is a fault of attnres_fx; please report it with the model")
     rewritten = lower_marked(gm)[0]
     # Run eagerly, the tags of a checkpointed layer mean nothing: only AOTAutograd's partitioner recomputes by them.
-    if torch.is_grad_enabled() and holds_checkpoint(rewritten):
-        return run_aot_eager(rewritten, inputs)
-    return rewritten.forward
+    recomputed = torch.is_grad_enabled() and holds_checkpoint(rewritten)
+    return hold_to_reduction(run_aot_eager(rewritten, inputs) if recomputed else rewritten.forward, stream_inputs(gm))
 
 
 def enter_streams(module: nn.Module, prefix: str = "") -> None:

@@ -14,6 +14,7 @@ from attnres_fx.passes.inline import inline_graph
 from attnres_fx.passes.normalize import normalize_graph
 from attnres_fx.passes.plan import StreamPlan, find_sites, owner_path, tracer_path
 from attnres_fx.passes.rewrite import Assignment, rewrite_graph
+from attnres_fx.passes.shares import refuse_shares
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.unfuse import unfuse_graph
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, SitesChangedError, SplitStreamError
@@ -85,7 +86,9 @@ def assign(gm: fx.GraphModule) -> list[Assignment]:
                                     place=place_of(marker), remedy="convert the model anew for this width")
         free.remove(found)
         assert isinstance(query, fx.Node)
-        assignments.append(Assignment(found, plan, query, key_gain if isinstance(key_gain, fx.Node) else None))
+        gain = key_gain if isinstance(key_gain, fx.Node) else None
+        refuse_shares(found, [query] if gain is None else [query, gain])
+        assignments.append(Assignment(found, plan, query, gain))
     # In graph order, so that a stream that starts from another's value is rewritten after it.
     return sorted(assignments, key=lambda a: order[a.stream.layers[0].node])
 

@@ -112,6 +112,14 @@ class SitesChangedError(AttnResError):
     """A graph of a converted model has other layers than the conversion recorded."""
 
 
+class ShardedStreamError(StreamRefusedError):
+    """A process holds but a share of a stream, so that the gradients of its queries would be those of the share."""
+
+
+class UnreducedGradientsError(AttnResError):
+    """A wrapper that adds up gradients over processes would leave out parameters of a converted model."""
+
+
 class PartOfConvertedError(AttnResError):
     """A part of a converted model is compiled on its own."""
 
