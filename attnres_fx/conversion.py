@@ -14,13 +14,13 @@ from attnres_fx.passes._dynamo import unwrap
 from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
-from attnres_fx.passes.graph import place_of
+from attnres_fx.passes.graph import place_of, stack_paths
 from attnres_fx.passes.hidden import hidden_layers
 from attnres_fx.passes.lower import lower_marked, markers_of, prepare
 from attnres_fx.passes.partition import partition
-from attnres_fx.passes.plan import MIX_SCALES, StreamPlan, relative_sites
+from attnres_fx.passes.plan import MIX_SCALES, StreamPlan, relative_sites, tracer_path
 from attnres_fx.passes.recognize import recognize
-from attnres_fx.passes.streams import Obstacle, Stream
+from attnres_fx.passes.streams import Obstacle, Stream, sites_of
 from attnres_fx.runner import PART, ROOT, STREAMS, converted_class, is_converted_class, original_class
 from attnres_fx.runtime.errors import (
     AlreadyConvertedError,
@@ -153,10 +153,25 @@ def plan_streams(
                             boundaries=_boundaries_of(stream, boundaries, len(chosen)))
         plan = StreamPlan(
             name=stream.name, owner=owner, num_layers=stream.num_layers, width=stream.width, boundaries=closing,
-            sites=relative_sites(stream, spelled), eps=float(eps), mix_scale=mix_scale, key_gain=key_gain)
+            sites=_sites_below(stream, model, owner, spelled), eps=float(eps), mix_scale=mix_scale, key_gain=key_gain)
         if not any(other.owner == plan.owner and other.sites == plan.sites for other in plans):
             plans.append(plan)  # a module called twice is one stream with one set of parameters
     return plans
+
+
+def _sites_below(stream: Stream, model: nn.Module, owner: str, spelled: str) -> tuple[tuple[str, int], ...]:
+    """The sites of ``stream`` below its owner, which the tracer calls ``spelled``.
+
+    Where a call goes through a forward of the instance, the tracer spells owner and layers by different ways to them; then
+    the layers are found by their identity.
+    """
+    if all(tracer_path(layer.node).startswith(spelled) for layer in stream.layers):
+        return relative_sites(stream, spelled)
+    names = {str(id(module)): name for name, module in model.get_submodule(owner).named_modules()}
+    keys = [stack_paths(layer.node)[-1][0] for layer in stream.layers]
+    if not all(key in names for key in keys):
+        return relative_sites(stream, spelled)
+    return sites_of([names[key] for key in keys])
 
 
 def refuse_hidden(gm: fx.GraphModule) -> None:
@@ -229,6 +244,8 @@ def attach(model: nn.Module, plans: Sequence[StreamPlan], dtype: torch.dtype) ->
             raise PlainPathError(
                 f"'{plan.owner or 'the model'}' is a graph (fx.GraphModule), whose forward is generated anew from it",
                 remedy="convert the graph itself: attnres_fx.convert(graph_module, args, ...) rewrites it in place")
+        if getattr(owner.__dict__.get("forward"), "__func__", None) is type(owner).forward:
+            del owner.__dict__["forward"]  # the class's own, which hooks leave there when they are taken off
         if "forward" in owner.__dict__:
             raise PlainPathError(
                 f"the forward of '{plan.owner or type(owner).__name__}' is replaced on the instance, so that the rewritten "

@@ -35,11 +35,12 @@ from attnres_fx.passes._dynamo import (
 from attnres_fx.passes.absence import absence, whole_sums
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import stack_paths
+from attnres_fx.passes.graph_breaks import explain_break
 from attnres_fx.passes.lower import RESTART
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import base_of, is_mix
 from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class
-from attnres_fx.runtime.errors import GraphBreakError, NoStreamError, OneLineError, PartOfConvertedError, Place
+from attnres_fx.runtime.errors import NoStreamError, OneLineError, PartOfConvertedError
 
 _TWO_LINES = (
     "convert first, then compile: attnres_fx.convert(model, args, kwargs, num_blocks=8); "
@@ -72,7 +73,7 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
             _without_streams(working, frame, broken, bool(options.conversion()))
         return
     if broken is not None:
-        raise _cut(*broken)
+        raise explain_break(*broken)
     _refuse_pieces(working, streams)
     if frame is None:
         raise OneLineError("the compiling frame cannot be seen, so the model cannot be converted while it is compiled",
@@ -90,11 +91,6 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
     restart_tracing("attnres_fx converted the model")
 
 
-def _cut(reason: str, source: str) -> GraphBreakError:
-    return GraphBreakError(f"a graph break cuts the model: {reason}", place=Place(source=source),
-                           remedy=f"make the model traceable in one graph, or {_TWO_LINES}")
-
-
 def _is_converted(module: nn.Module) -> bool:
     return any(is_converted_class(type(each)) for each in module.modules())
 
@@ -104,14 +100,14 @@ def _without_streams(gm: fx.GraphModule, frame: Frame | None, broken: tuple[str,
     given_up = skipped_frame()
     broken = broken or given_up
     if broken is not None and (asked or whole_sums(gm.graph)):
-        raise _cut(*broken)
+        raise explain_break(*broken)
     what = f"no residual stream was found in {_named(frame)}: {absence(gm.graph)}"
     if asked:
         raise NoStreamError(what, remedy="leave out the options of the conversion if there is nothing to convert, or "
                                          + _TWO_LINES)
     if given_up is not None and runs_within_a_module(None if frame is None else frame.this):
         return  # which was given up itself, and of which that was said
-    cut = f"; a graph break cuts it: {broken[0]}" if broken is not None else ""
+    cut = f"; a graph break cuts it: {broken[0].splitlines()[0]}" if broken is not None else ""
     _warn_plain(f"{what}{cut}. It is compiled as it is")
 
 
@@ -124,7 +120,7 @@ def refuse_given_up(frame: Frame, reason: str, source: str, settings: Mapping[st
     if not plain or any(_is_converted(module) for module in frame.modules):
         return
     if Options.from_arguments(settings.get("mode"), settings.get("options")).conversion():
-        raise _cut(reason, source)
+        raise explain_break(reason, source)
     _warn_plain(f"torch.compile gave {_named(frame)} up at {source}: {reason}. It runs as it is")
 
 
@@ -159,10 +155,7 @@ def _refuse_pieces(gm: fx.GraphModule, streams: list[Stream]) -> None:
         if start.op == "placeholder" and leaves_raw:
             broken = skipped_frame()
             if broken is not None:
-                reason, source = broken
-                raise GraphBreakError(
-                    f"a graph break in a loop takes the model apart, layer by layer: {reason}", place=Place(source=source),
-                    remedy="make the loop traceable; torch.compile(..., fullgraph=True) names the line that breaks it")
+                raise explain_break(*broken, what="the model, layer by layer")
             raise OneLineError(
                 f"the residual stream crosses the border of what is compiled: it comes in as '{start.name}' and goes out "
                 "unnormalised, as in one layer of a larger model", place=stream.layers[0].place,

@@ -10,14 +10,24 @@ from __future__ import annotations
 import functools
 import threading
 import types
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from attnres_fx.passes._compat import run_aot_eager
-from attnres_fx.passes._dynamo import compile_whole, inner_error, install_output_capture, is_recompile_limit, is_traced
+from attnres_fx.passes._dynamo import (
+    compile_whole,
+    inner_error,
+    install_output_capture,
+    is_message_break,
+    is_recompile_limit,
+    is_traced,
+    without_messages,
+)
 from attnres_fx.passes.capture import translate
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
@@ -32,6 +42,7 @@ STREAMS = "_attnres_streams"  # on an owner: the plans of its streams, by name; 
 ROOT = "_attnres_root_modules"
 PART = "_attnres_part_of"  # on a module that holds layers: the path of its stream's owner
 _RUNNER = "_attnres_runner"
+_SPEAKS = "_attnres_speaks"  # on an owner whose forward warns, logs or prints
 # So many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see: Dynamo's
 # own limit, 8, is meant for what can fall back to running as it is.
 KINDS_OF_CALLS = 64
@@ -84,10 +95,11 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
     install_output_capture(module, kwargs)
     try:
-        return _runner(module, base)(module, *args, **kwargs)
+        with without_messages() if _SPEAKS in module.__dict__ else nullcontext():
+            return _runner(module, base)(module, *args, **kwargs)
     except Exception as error:
         inner = inner_error(error)
-        if install_output_capture(module, kwargs, error):
+        if install_output_capture(module, kwargs, error) or _silenced(module, error):
             return _run(module, base, args, kwargs)
         if isinstance(inner, AttnResError):
             raise inner from None
@@ -99,6 +111,16 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         if translated is error:
             raise
         raise translated from error
+
+
+def _silenced(module: nn.Module, error: Exception) -> bool:
+    """Whether the graph of ``module`` broke for a message alone, and can be traced without it: said once."""
+    if _SPEAKS in module.__dict__ or not is_message_break(error):
+        return False
+    module.__dict__[_SPEAKS] = True
+    warnings.warn(f"the forward of {type(module).__name__} warns, logs or prints. It runs as one graph, in which those "
+                  "messages are passed over", stacklevel=4)
+    return True
 
 
 def converted_class(base: type[nn.Module], owns: bool, root: bool) -> type[nn.Module]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,12 +54,29 @@ _CAPTURED: ContextVar[bool] = ContextVar("captured", default=False)
 @contextmanager
 def tracing_alone() -> Iterator[None]:
     """Keep Dynamo quiet and unlimited while this thread traces; other threads wait with their traces."""
-    with _TRACING, quiet_dynamo(), unlimited_compiles():
+    with _TRACING, quiet_dynamo(), unlimited_compiles(), without_messages():
         token = _CAPTURED.set(True)
         try:
             yield
         finally:
             _CAPTURED.reset(token)
+
+
+_SILENT = frozenset({print, warnings.warn, *(getattr(logging.Logger, level) for level in (
+    "debug", "info", "warning", "error", "exception", "critical", "log"))})
+
+
+def without_messages() -> Any:
+    """Have Dynamo pass over what is printed, warned and logged, instead of breaking a graph for it."""
+    config: Any = torch._dynamo.config
+    ignored = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    return config.patch({ignored: {*getattr(config, ignored), *_SILENT}})
+
+
+def is_message_break(error: BaseException) -> bool:
+    """Whether a graph broke because the model warned, logged or printed."""
+    messages = r"`_warnings\.warn`|qualname: warn,|logging\.Logger method|builtin operator `print`"
+    return is_graph_break(error) and re.search(messages, str(error)) is not None
 
 
 def pass_over_requires_grad() -> None:
@@ -112,7 +131,8 @@ def is_model_failure(error: BaseException) -> bool:
     """Whether an operation of the model itself failed on the traced inputs."""
     from torch._dynamo import exc
 
-    return isinstance(error, (exc.TorchRuntimeError, exc.ObservedException))
+    uncaught = isinstance(error, exc.Unsupported) and str(error).startswith("Observed exception")
+    return uncaught or isinstance(error, (exc.TorchRuntimeError, exc.ObservedException))
 
 
 def is_recompile_limit(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from attnres_fx.passes._dynamo import (
     tracing_alone,
 )
 from attnres_fx.passes.graph import copy_graph_module
+from attnres_fx.passes.graph_breaks import explain_break, known_remedy
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
 
 pass_over_requires_grad()
@@ -77,14 +78,11 @@ def translate(error: Exception) -> Exception:
     frames = _USER_FRAME.findall(text.split("from user code:")[-1]) if "from user code:" in text else []
     place = Place(source=f"{frames[-1][0]}:{frames[-1][1]}") if frames else None
     lines = [line.strip() for line in text.split("from user code:")[0].splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
     if is_model_failure(error):
-        return TracingError(f"the model fails on these inputs while it is traced: {reason}", place=place,
-                            remedy="check that the model runs on them eagerly: shapes, dtypes and devices")
-    said = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")), "")
-    return GraphBreakError(
-        f"a graph break cuts the model, so that no stream can be followed through it: {reason}"
-        + (f". {said}" if said else ""),
-        place=place,
-        remedy="make the line traceable (fullgraph=True must hold), or move it out of the part that is converted",
-    )
+        raised = re.search(r"raised exception (.+)", text)
+        reason = raised[1] if raised else lines[0] if lines else type(error).__name__
+        return TracingError(
+            f"the model fails on these inputs while it is traced: {reason}", place=place,
+            remedy=known_remedy("\n".join(lines), "" if place is None else place.source)
+            or "check that the model runs on them eagerly: shapes, dtypes and devices")
+    return explain_break("\n".join(lines), "" if place is None else place.source)

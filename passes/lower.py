@@ -8,7 +8,8 @@ from attnres_fx.passes._dynamo import graph_break_reason
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.encoder_layer import expand_encoder_layers_graph
 from attnres_fx.passes.finish import finish
-from attnres_fx.passes.graph import copy_graph_module, place_of
+from attnres_fx.passes.graph import copy_graph_module, place_of, stack_paths
+from attnres_fx.passes.graph_breaks import explain_break
 from attnres_fx.passes.injections import injections_graph
 from attnres_fx.passes.inline import inline_graph
 from attnres_fx.passes.normalize import normalize_graph
@@ -17,7 +18,7 @@ from attnres_fx.passes.rewrite import Assignment, rewrite_graph
 from attnres_fx.passes.shares import refuse_shares
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.unfuse import unfuse_graph
-from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, SitesChangedError, SplitStreamError
+from attnres_fx.runtime.errors import AttnResError, SitesChangedError, SplitStreamError
 from attnres_fx.runtime.marker import ENTER
 
 # Before the plan in a marker that a restarted frame calls from within (see attnres_fx.one_line): it counts only where the
@@ -74,7 +75,7 @@ def assign(gm: fx.GraphModule) -> list[Assignment]:
         places = [(s, find_sites(s, plan.sites)) for s in free if order[s.layers[0].node] > order[marker]]
         # The marker of a restarted frame is called by a submodule; any other by the owner of the stream.
         found = next((s for s, place in places if place is not None
-                      and (content != text or place == owner_path(marker))), None)
+                      and (content != text or place == owner_path(marker) or _runs_below(s, marker))), None)
         if found is None:
             raise _explain_mismatch(gm, marker, plan, streams)
         found.name = plan.name
@@ -93,14 +94,17 @@ def assign(gm: fx.GraphModule) -> list[Assignment]:
     return sorted(assignments, key=lambda a: order[a.stream.layers[0].node])
 
 
+def _runs_below(stream: Stream, marker: fx.Node) -> bool:
+    """Whether the module that called ``marker`` runs all layers of ``stream``, however the tracer spells its path."""
+    owner = stack_paths(marker)[-1:]
+    return bool(owner) and all(owner[0][0] in dict(stack_paths(layer.node)) for layer in stream.layers)
+
+
 def _explain_mismatch(gm: fx.GraphModule, marker: fx.Node, plan: StreamPlan, streams: list[Stream]) -> AttnResError:
     """Why no stream of the graph is the recorded one, in the words of the likeliest cause."""
     broken = graph_break_reason(gm)
     if broken is not None:
-        reason, source = broken
-        return GraphBreakError(
-            f"a graph break cuts stream '{plan.name}': {reason}", place=Place(marker.name, plan.owner, source),
-            remedy="make the line traceable (torch.compile(..., fullgraph=True) tells more)")
+        return explain_break(*broken, what=f"stream '{plan.name}'", node=marker.name, module=plan.owner)
     bodies = [node for node in gm.graph.nodes if node.op == "get_attr" and isinstance(
         getattr(gm, str(node.target), None), fx.GraphModule)]
     present = _closest(plan, streams)
