@@ -53,17 +53,22 @@ def as_args(args: Any) -> tuple[Any, ...]:
     return (args,) if isinstance(args, torch.Tensor) else tuple(args)
 
 
+def common_path(stream: Stream) -> list[tuple[str, str]]:
+    """The modules that run all layers of ``stream``, outermost first, as (identity key, path as the tracer spells it)."""
+    common = []
+    for level in zip(*(stack_paths(layer.node) for layer in stream.layers)):
+        if len({key for key, _ in level}) != 1:
+            break
+        common.append(level[0])
+    return common
+
+
 def owner_of(stream: Stream, model: nn.Module | None) -> tuple[str, str]:
     """The lowest module that owns all additions of ``stream``: (its path in ``model``, its path as the tracer spells it).
 
     Dynamo keys its module stack by the identity of the live module, ``torch.export`` by path.
     """
-    stacks = [stack_paths(layer.node) for layer in stream.layers]
-    common: list[tuple[str, str]] = []
-    for level in zip(*stacks):
-        if len({key for key, _ in level}) != 1:
-            break
-        common.append(level[0])
+    common = common_path(stream)
     if not common:
         return "", ""
     key, spelled = common[-1]

@@ -6,23 +6,25 @@ already. Where anything is in doubt it raises, and names the two-line form.
 
 A graph without residual streams is compiled as it is, and a warning says so, once for each place; it is an error where
 options ask for a conversion, and where the graph is a piece of a broken frame and holds additions. Without a word it is
-compiled as it is only where a converted model is within the frame's reach (whose own forward sees to itself), or where its
-model spells the mixes out.
+compiled as it is only where a converted model is within the frame's reach (whose own forward sees to itself), where its
+streams are parts of a converted model that were left out of the conversion, or where its model spells the mixes out.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from attnres_fx.analysis import common_path
 from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
 from attnres_fx.options import Options
+from attnres_fx.passes._distributed import calling_modules
 from attnres_fx.passes._dynamo import (
     Frame,
     compiling_frame,
@@ -40,7 +42,8 @@ from attnres_fx.passes.lower import RESTART
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import base_of, is_mix
 from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class
-from attnres_fx.runtime.errors import NoStreamError, OneLineError, PartOfConvertedError
+from attnres_fx.runtime.errors import GraphBreakError, NoStreamError, OneLineError, PartOfConvertedError
+from attnres_fx.runtime.parameters import CONTAINER
 
 _TWO_LINES = (
     "convert first, then compile: attnres_fx.convert(model, args, kwargs, num_blocks=8); "
@@ -69,11 +72,13 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
         broken = "the frame resumes after a graph break", ""
     if not streams:
         refuse_hidden(working)
-        if not any(_is_converted(module) for module in modules):
+        if not _in_reach_of_converted(modules):
             _without_streams(working, frame, broken, bool(options.conversion()))
         return
+    if _left_plain(streams, frame):
+        return
     if broken is not None:
-        raise explain_break(*broken)
+        raise _cut(*broken)
     _refuse_pieces(working, streams)
     if frame is None:
         raise OneLineError("the compiling frame cannot be seen, so the model cannot be converted while it is compiled",
@@ -91,8 +96,35 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
     restart_tracing("attnres_fx converted the model")
 
 
-def _is_converted(module: nn.Module) -> bool:
-    return any(is_converted_class(type(each)) for each in module.modules())
+def _cut(reason: str, source: str, what: str = "the model") -> GraphBreakError:
+    return explain_break(reason, source, what=what, otherwise=_TWO_LINES)
+
+
+def _left_plain(streams: Sequence[Stream], frame: Frame | None) -> bool:
+    """Whether all ``streams`` are parts of a converted model whose conversion left them out, as with ``streams=[...]``."""
+    parts = _converted_parts([] if frame is None else frame.modules)
+    for stream in streams:
+        path = common_path(stream)
+        this = frame.this if frame is not None and frame.this is not None else next(iter(calling_modules()), None)
+        owner = parts.get(path[-1][0] if path else str(id(this)))
+        if owner is None or STREAMS in owner.__dict__:
+            return False
+    return bool(parts)
+
+
+def _converted_parts(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The parts, by identity key, of converted models that hang below ``modules`` or are being called."""
+    roots = {id(part): part for module in [*modules, *calling_modules()] for part in module.modules()
+             if is_converted_class(type(part)) and CONTAINER in part._modules}
+    return {str(id(part)): part for root in roots.values() for part in root.modules()}
+
+
+def _in_reach_of_converted(modules: Sequence[nn.Module]) -> bool:
+    """Whether one of ``modules`` holds a converted model or is a part of one, or the innermost module that runs is."""
+    if any(is_converted_class(type(part)) for module in modules for part in module.modules()):
+        return True
+    parts = _converted_parts(modules)
+    return any(str(id(module)) in parts for module in [*modules, *calling_modules()[:1]])
 
 
 def _without_streams(gm: fx.GraphModule, frame: Frame | None, broken: tuple[str, str] | None, asked: bool) -> None:
@@ -100,7 +132,7 @@ def _without_streams(gm: fx.GraphModule, frame: Frame | None, broken: tuple[str,
     given_up = skipped_frame()
     broken = broken or given_up
     if broken is not None and (asked or whole_sums(gm.graph)):
-        raise explain_break(*broken)
+        raise _cut(*broken)
     what = f"no residual stream was found in {_named(frame)}: {absence(gm.graph)}"
     if asked:
         raise NoStreamError(what, remedy="leave out the options of the conversion if there is nothing to convert, or "
@@ -117,10 +149,10 @@ def refuse_given_up(frame: Frame, reason: str, source: str, settings: Mapping[st
     Raises: GraphBreakError where the backend's ``settings`` ask for a conversion; else it warns.
     """
     plain = frame.this is not None and any(True for _ in frame.this.parameters())
-    if not plain or any(_is_converted(module) for module in frame.modules):
+    if not plain or _in_reach_of_converted(frame.modules):
         return
     if Options.from_arguments(settings.get("mode"), settings.get("options")).conversion():
-        raise explain_break(reason, source)
+        raise _cut(reason, source)
     _warn_plain(f"torch.compile gave {_named(frame)} up at {source}: {reason}. It runs as it is")
 
 
@@ -155,7 +187,7 @@ def _refuse_pieces(gm: fx.GraphModule, streams: list[Stream]) -> None:
         if start.op == "placeholder" and leaves_raw:
             broken = skipped_frame()
             if broken is not None:
-                raise explain_break(*broken, what="the model, layer by layer")
+                raise _cut(*broken, what="the model, layer by layer")
             raise OneLineError(
                 f"the residual stream crosses the border of what is compiled: it comes in as '{start.name}' and goes out "
                 "unnormalised, as in one layer of a larger model", place=stream.layers[0].place,

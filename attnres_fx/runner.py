@@ -23,9 +23,11 @@ from attnres_fx.passes._dynamo import (
     compile_whole,
     inner_error,
     install_output_capture,
+    is_collector_break,
     is_message_break,
     is_recompile_limit,
     is_traced,
+    output_collector,
     without_messages,
 )
 from attnres_fx.passes.capture import translate
@@ -42,6 +44,7 @@ STREAMS = "_attnres_streams"  # on an owner: the plans of its streams, by name; 
 ROOT = "_attnres_root_modules"
 PART = "_attnres_part_of"  # on a module that holds layers: the path of its stream's owner
 _RUNNER = "_attnres_runner"
+_COLLECTED = "_attnres_collected"  # on an owner within which hooks collect outputs for a model around it
 _SPEAKS = "_attnres_speaks"  # on an owner whose forward warns, logs or prints
 # So many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see: Dynamo's
 # own limit, 8, is meant for what can fall back to running as it is.
@@ -81,9 +84,16 @@ def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
 def _made_runner(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.forward
 
-    def marked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def marked(self: nn.Module, collector: Any, *args: Any, **kwargs: Any) -> Any:
+        if collector is None:
+            enter_streams(self)
+            return original(self, *args, **kwargs)
+        variable, collected = collector
+        token = variable.set(collected)
         enter_streams(self)
-        return original(self, *args, **kwargs)
+        outputs = original(self, *args, **kwargs)
+        variable.reset(token)
+        return outputs
 
     # The recompile limit is per code object: each model gets its own.
     own = types.FunctionType(marked.__code__.replace(), marked.__globals__, "forward", None, marked.__closure__)
@@ -95,11 +105,12 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
     install_output_capture(module, kwargs)
     try:
+        collector = output_collector() if _COLLECTED in module.__dict__ else None
         with without_messages() if _SPEAKS in module.__dict__ else nullcontext():
-            return _runner(module, base)(module, *args, **kwargs)
+            return _runner(module, base)(module, collector, *args, **kwargs)
     except Exception as error:
         inner = inner_error(error)
-        if install_output_capture(module, kwargs, error) or _silenced(module, error):
+        if install_output_capture(module, kwargs, error) or _silenced(module, error) or _collected(module, error):
             return _run(module, base, args, kwargs)
         if isinstance(inner, AttnResError):
             raise inner from None
@@ -120,6 +131,14 @@ def _silenced(module: nn.Module, error: Exception) -> bool:
     module.__dict__[_SPEAKS] = True
     warnings.warn(f"the forward of {type(module).__name__} warns, logs or prints. It runs as one graph, in which those "
                   "messages are passed over", stacklevel=4)
+    return True
+
+
+def _collected(module: nn.Module, error: Exception) -> bool:
+    """Whether the graph of ``module`` broke for hooks that collect for a model around it, and can be given the collector."""
+    if _COLLECTED in module.__dict__ or not is_collector_break(error):
+        return False
+    module.__dict__[_COLLECTED] = True
     return True
 
 

@@ -123,8 +123,9 @@ def inner_error(error: BaseException) -> BaseException:
 def is_graph_break(error: BaseException) -> bool:
     """Whether Dynamo refused to capture the whole graph (``fullgraph=True``)."""
     from torch._dynamo import exc
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    return isinstance(error, (exc.Unsupported, exc.UserError, exc.InternalTorchDynamoError))
+    return isinstance(error, (exc.Unsupported, exc.UserError, exc.InternalTorchDynamoError, GuardOnDataDependentSymNode))
 
 
 def is_model_failure(error: BaseException) -> bool:
@@ -192,6 +193,21 @@ def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any], error: B
     for module in missing:
         capturing.maybe_install_capturing_hooks(module)
     return bool(missing)
+
+
+def output_collector() -> tuple[Any, Any] | None:
+    """The variable that transformers' hooks read within a call, and what it holds: the collector of an outer model, or None.
+
+    A graph cannot read it. ``variable.set(collector)``, within the graph, has it read the collector from its own inputs.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    variable = getattr(capturing, "_active_collector", None)
+    return None if variable is None else (variable, variable.get())
+
+
+def is_collector_break(error: BaseException) -> bool:
+    """Whether a graph broke because a hook within it collects outputs for a model around it."""
+    return is_graph_break(error) and "`ContextVar`" in str(error) and "output_capturing" in str(error)
 
 
 def _captures(cls: type, file: str | None) -> bool:

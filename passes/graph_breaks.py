@@ -36,9 +36,11 @@ _KNOWN: tuple[tuple[str, str], ...] = (
      "convert the model first, then wrap it: DistributedDataParallel(attnres_fx.convert(model, ...))"),
     (r"nn/parallel/data_parallel\.py",
      "DataParallel copies the model at every call. Use DistributedDataParallel, around the converted model"),
-    (r"output_capturing\.py",
-     "the hooks behind output_hidden_states cannot be traced from within. Compile the whole model with "
-     "torch.compile(model, backend='attnres'), or convert only the stream that is needed (streams=[...])"),
+    (r"ContextVar",
+     "a variable of the context cannot be read within a graph: read it around the call of the model, and hand it in"),
+    (r"[Cc]ould not (guard on|extract) .*data-dependent|GuardOnDataDependent",
+     "a size that only the data tells decides what is computed. Trace the model with inputs that leave this part out (of a "
+     "vision-language model: text alone), and convert the stream of the rest; the part itself runs as it is"),
     (r"[Dd]ata-dependent (branch|jump)|dynamic control flow",
      "write the branch with torch.where or torch.cond, or take it out of the module that owns the stream"),
     (r"capture_scalar_outputs", _CAPTURE + "capture_scalar_outputs = True"),
@@ -61,10 +63,10 @@ def known_remedy(said: str, source: str) -> str:
 
 
 def explain_break(
-    said: str, source: str = "", *, what: str = "the model", node: str = "", module: str = ""
+    said: str, source: str = "", *, what: str = "the model", node: str = "", module: str = "", otherwise: str = ""
 ) -> GraphBreakError:
     """The error for a graph break that cuts ``what``, out of what Dynamo ``said`` (its reason, its explanation and hints)
-    and the ``file:line`` that it stopped at.
+    and the ``file:line`` that it stopped at. ``otherwise`` is another way out.
     """
     lines = [line.strip() for line in said.split("Developer debug context")[0].splitlines() if line.strip()]
     reason = lines[0] if lines else "no reason is known"
@@ -72,4 +74,4 @@ def explain_break(
     text = f"a graph break cuts {what}: {reason.rstrip('.')}. " + (f"{explanation.rstrip('.')}. " if explanation else "")
     place = Place(node, module, source) if node or module or source else None
     return GraphBreakError(text + _ONE_GRAPH, place=place,
-                           remedy=known_remedy(said, source) or _GENERAL)
+                           remedy=(known_remedy(said, source) or _GENERAL) + (f"; or {otherwise}" if otherwise else ""))
