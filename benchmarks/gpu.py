@@ -4,6 +4,7 @@
 
     values   every operator and its gradients against float64, the same bits twice, offsets of 64 bits
     model    a small Llama under every option, inference and training, against eager reference kernels; streams
+    search   the configurations of the kernels: the fastest, as lines of their table, serve the sections after it
     mix      one mix beside a copy, the list form under Inductor, and other packages
     graphs   mode="reduce-overhead"
     whole    whole models beside plain ones: inference, a training step, decoding; peak memory
@@ -26,13 +27,14 @@ from typing import Any
 import torch
 from gpu_mix import mix
 from gpu_models import graphs, model, whole
+from gpu_search import search
 from gpu_tools import Bench
 from gpu_values import values
 
 import attnres_fx
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
-    "values": values, "model": model, "mix": mix, "graphs": graphs, "whole": whole}
+    "values": values, "model": model, "search": search, "mix": mix, "graphs": graphs, "whole": whole}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Importing this module imports triton.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,6 +68,23 @@ def launch_options(tile: configs.Tile, device: torch.device, registers: int | No
     if device.type == "cuda" and torch.version.hip is None:
         options["maxnreg"] = configs.most_registers(tile) if registers is None else registers
     return options
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has; a few in the interpreter."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of NVIDIA's device, or None."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+def programs_of(tokens: int, plan: configs.Plan, device: torch.device) -> int:
+    """How many programs stay and walk over the tokens. Each may leave a partial row."""
+    return min(configs.programs(tokens, plan.tile), processors(device) * plan.resident)
 
 
 def row_stride(rows: Tensor) -> int:
@@ -174,6 +192,13 @@ class Problem:
             "GAIN_PER_QUERY": self.gain is not None and self.gain.ndim == 2,
             "OUTPUT_FACTOR": self.options.output_factor, "NORMALIZE": self.options.normalize_values,
             "ACC": ACCUMULATE[self.accumulate], **launch_options(tile, self.query.device, registers)}
+
+    def shape(self, kind: str, norm: bool) -> configs.Shape:
+        """What a plan for one of the kernels is chosen by."""
+        device = self.query.device
+        plain = self.phase is None and not self.options.normalize_values
+        return configs.Shape(kind, self.width, len(self.sources), self.tokens, self.element, len(self.query), norm, plain,
+                             warp_size(device), capability(device))
 
     def backward_tile(self, norm: Norm | None) -> configs.Tile | None:
         """The tile of ``mix_backward``, or None where the rows do not fit."""

@@ -22,7 +22,7 @@ from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, reference
 from attnres_fx.runtime.mix import MIX_TRITON
 from attnres_fx.runtime.norm import Norm
-from attnres_fx.runtime.triton import configs, fused, launch, phases
+from attnres_fx.runtime.triton import again, configs, forward, fused, launch, phases
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
 FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]
@@ -36,11 +36,13 @@ def _seed() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["held", "split"])
+@pytest.fixture(params=["held", "again", "split"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways through the backward, whatever the table would choose."""
-    if request.param == "split":
+    """All ways through the backward, whatever the table would choose."""
+    if request.param != "held":
         monkeypatch.setattr(configs, "backward_tile", lambda *_, **__: None)
+    if request.param == "split":
+        monkeypatch.setattr(configs, "again_plan", lambda _: None)
 
 
 def make(
@@ -217,6 +219,21 @@ def test_the_operator() -> None:
     grads = torch.autograd.grad(result.square().sum(), leaves)
     wanted = torch.autograd.grad(attnres_fx.mix(sources, query, gain).square().sum(), leaves)
     torch.testing.assert_close(grads, wanted)
+
+
+PLANS = (configs.Plan(configs.Tile(16, 2, 1), 3, 1), configs.Plan(configs.Tile(16, 1, 1), 9, 8, 1),
+         configs.Plan(configs.Tile(16, 4, 1), 2, 4, 2), configs.Plan(configs.Tile(16, 1, 1), 4, 2, 1, 2))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_plans_that_are_measured(plan: configs.Plan, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table may hold: programs that stay, sums taken together. What only NVIDIA's devices know does nothing."""
+    monkeypatch.setattr(forward, "settle", lambda tile: tile)
+    for module in (forward, again):
+        monkeypatch.setattr(module, "prefetch_rows", lambda *_: None)
+    monkeypatch.setattr(configs, "measured", lambda _: plan)
+    check(*make(count, (11, 12), torch.float32, gain="same"), FAMILY[1], again=True)
 
 
 # Traffic
