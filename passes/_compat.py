@@ -88,7 +88,7 @@ def run_inductor(
     aware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # from torch 2.12 on
     compiling_inference = False
 
-    class JointPass(plain):  # type: ignore[misc]
+    class JointPass(plain):
         def __call__(self, graph: fx.Graph) -> None:
             joint(graph)
 

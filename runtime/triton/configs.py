@@ -161,7 +161,9 @@ def again_plan(shape: Shape) -> Plan | None:
     A thread holds many elements, as each holds the scalars of all sources, too.
     """
     wide = shape.width > 4096
-    fits = shape.count <= (9 if wide else 10 if shape.norm else 12) and not (shape.norm and (wide or (shape.width > 2048 and shape.element > 2)))
+    fits = shape.count <= (9 if wide else 10 if shape.norm else 12)
+    if shape.norm and (wide or (shape.width > 2048 and shape.element > 2)):
+        fits = False
     if shape.queries > 1 or not shape.plain or not fits:
         return None
     own = tile(shape.width, 32 if wide else 16 if shape.width > 512 else 8, shape.warp_size)
