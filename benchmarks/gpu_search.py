@@ -63,7 +63,7 @@ FORWARD = {
     "wide": ((16, 3, 1), (16, 3, 2), (32, 5, 1), (32, 3, 2), (32, 3, 1), (16, 5, 0), (32, 5, 0), (16, 2, 0)),
     "narrow": ((16, 3, 0), (16, 5, 0), (16, 9, 0), (8, 9, 0), (16, 3, 1), (16, 5, 1), (8, 5, 1), (8, 9, 1), (16, 3, 2),
                (32, 3, 1)),
-    "few": ((16, 5, 0), (16, 9, 0), (8, 5, 0), (8, 9, 0), (16, 3, 0), (32, 5, 0)),
+    "few": ((16, 5, 0), (16, 9, 0), (8, 5, 0), (8, 9, 0), (16, 3, 0), (32, 5, 0), (4, 9, 0)),
 }
 # The same, and how many registers a thread may use.
 BACKWARD = {
@@ -74,13 +74,19 @@ BACKWARD = {
 }
 
 
-def plans(case: Case, cuda: bool = True) -> Iterator[Plan]:
-    """Candidates, the likeliest first."""
+def plans(case: Case, cuda: bool = True) -> list[Plan]:
+    """Candidates, the likeliest first, each once."""
+    return list(dict.fromkeys(_plans(case, cuda)))
+
+
+def _plans(case: Case, cuda: bool) -> Iterator[Plan]:
     block = configs.next_power_of_two(case.width)
     place = "few" if case.tokens <= 256 else "wide" if case.width > 4096 else "narrow"
     forward = case.kind.startswith("forward")
     for elements, group, stages, *rest in (FORWARD if forward else BACKWARD)[place]:
-        warps = min(32, max(1, block // (32 * elements)))
+        warps = max(1, block // (32 * elements))
+        if warps > 32:
+            continue
         threads, registers = 32 * warps, rest[0] if rest else None
         resident = max(1, min(16, 65536 // (threads * (registers or (255 if elements == 32 else 128)))))
         if threads * (registers or 0) > 65536:

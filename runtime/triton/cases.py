@@ -146,7 +146,7 @@ class Case:
         return configs.split_tile(self.width, self.queries, warp_size)
 
 
-def cases() -> Iterator[Case]:
+def cases(warp_size: int = 32) -> Iterator[Case]:
     """Every kernel at every width with the most sources and queries the table gives a launch, and every option once."""
     for width in WIDTHS:
         for dtype in ("bf16", "fp32"):
@@ -164,6 +164,7 @@ def cases() -> Iterator[Case]:
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=normalize,
                            features=("phase 2",))
             yield from _backward_cases(width, dtype)
+            yield from _again_cases(width, dtype, warp_size)
         yield Case("mix_forward", forward.mix_forward, width, 9, dtype="fp16")
         yield Case("reduce_parameter_grads", backward.reduce_parameter_grads, width, 1, normalize=True)
 
@@ -190,6 +191,16 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
             yield from _norm_cases(width, dtype, normalize, phase)
     for norm in NORMS:
         yield Case("norm_backward", norms.norm_backward, width, 1, dtype=dtype, features=(norm,))
+
+
+def _again_cases(width: int, dtype: str, warp_size: int) -> Iterator[Case]:
+    """The backward that reads rows again, alone and with each norm, of the most sources."""
+    for features in ((), *(("prior of the last", norm) for norm in NORMS)):
+        served = [count for count in range(2, 33)
+                  if configs.again_plan(configs.Shape("backward", width, count, 1, TYPES[dtype], norm=bool(features),
+                                                      warp_size=warp_size))]
+        if served:
+            yield Case("mix_backward_again", again.mix_backward_again, width, served[-1], dtype=dtype, features=features)
 
 
 def _norm_cases(width: int, dtype: str, normalize: bool, phase: int | None) -> Iterator[Case]:

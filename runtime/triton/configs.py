@@ -164,8 +164,8 @@ def again_plan(shape: Shape) -> Plan | None:
     fits = shape.count <= (9 if wide else 10 if shape.norm else 12)
     if shape.norm and (wide or (shape.width > 2048 and shape.element > 2)):
         fits = False
-    if shape.queries > 1 or not shape.plain or not fits:
-        return None
+    if shape.queries > 1 or not shape.plain or not fits or shape.warp_size != 32:
+        return None  # addresses of so many rows, each read several times, do not fit into AMD's scalar registers
     own = tile(shape.width, 32 if wide else 16 if shape.width > 512 else 8, shape.warp_size)
     nvidia = shape.capability is not None
     return measured(shape) or Plan(own, 1 if shape.element > 2 else 2, 4 if nvidia and own.warps > 1 else 1, int(nvidia),
