@@ -28,10 +28,10 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("arena never", {"options": {"arena": "never"}}),
     ("arena and fuse never", {"options": {"arena": "never", "fuse": "never"}}),
 )
-# What is run, transformer layers, width, batch, tokens.
-WHOLE = (("train", 16, 2048, 1, 4096), ("infer", 16, 2048, 1, 4096), ("decode", 16, 2048, 1, 1),
-         ("infer", 32, 1024, 4, 2048))
-TINY = (("infer", 2, 64, 1, 16), ("train", 2, 64, 1, 16))
+# What is run, transformer layers, width, batch, tokens, schedule.
+WHOLE = (("train", 16, 2048, 1, 4096, "auto"), ("infer", 16, 2048, 1, 4096, "auto"), ("decode", 16, 2048, 1, 1, "auto"),
+         ("infer", 16, 2048, 1, 4096, "one-pass"), ("train", 16, 2048, 1, 4096, "two-phase"))
+TINY = (("infer", 2, 64, 1, 16, "auto"), ("train", 2, 64, 1, 16, "auto"))
 
 
 def llama(bench: Bench, layers: int, width: int, dtype: torch.dtype) -> nn.Module:
@@ -165,24 +165,26 @@ def graphs(bench: Bench) -> None:
 
 def whole(bench: Bench) -> None:
     """Whole models, plain and converted, compiled, in turn: milliseconds, ratio and peak memory."""
-    for what, layers, width, batch, tokens in WHOLE if bench.cuda else TINY:
+    for what, layers, width, batch, tokens, schedule in WHOLE if bench.cuda else TINY:
         if bench.left() < 35:
-            bench.say("skipped", what=f"whole {what} {layers} x {width}")
+            bench.say("skipped", what=f"whole {what} {layers} x {width} {schedule}")
             continue
-        with bench.guarded(f"whole {what} {layers} x {width}"):
-            _compare(bench, what, layers, width, batch, tokens)
+        with bench.guarded(f"whole {what} {layers} x {width} {schedule}"):
+            _compare(bench, what, layers, width, batch, tokens, schedule)
         if bench.cuda:
             torch.cuda.empty_cache()
 
 
-def _compare(bench: Bench, what: str, layers: int, width: int, batch: int, tokens: int) -> None:
+def _compare(bench: Bench, what: str, layers: int, width: int, batch: int, tokens: int, schedule: str) -> None:
     torch._dynamo.reset()
     plain = llama(bench, layers, width, torch.bfloat16)
     ids = torch.randint(0, VOCABULARY, (batch, tokens), device=bench.device)
     ours = converted(plain, ids, 8, 0.02)
     mode: dict[str, Any] = {"mode": "reduce-overhead"} if what == "decode" else {}
+    # One way to pass options: a mode stands beside none, so the captured graphs are asked for by Inductor's own setting.
+    settings: dict[str, Any] = {"options": {"schedule": schedule, "inductor": {"triton.cudagraphs": what == "decode"}}}
     runs = {"plain": (plain, torch.compile(plain, dynamic=False, **mode)),
-            "attnres": (ours, torch.compile(ours, dynamic=False, backend="attnres", **mode))}
+            "attnres": (ours, torch.compile(ours, dynamic=False, backend="attnres", **settings))}
 
     def call(name: str) -> None:
         module, run = runs[name]
@@ -212,7 +214,7 @@ def _compare(bench: Bench, what: str, layers: int, width: int, batch: int, token
             times[name].append((time.perf_counter() - begin) * 1e3 / repeats)
     for name, taken in times.items():
         ratios = [one / other for one, other in zip(taken, times["plain"])]
-        bench.say("whole", what=what, layers=layers, d=width, batch=batch, tokens=tokens, form=name,
+        bench.say("whole", what=what, layers=layers, d=width, batch=batch, tokens=tokens, schedule=schedule, form=name,
                   ms=round(statistics.median(taken), 3), least=round(min(taken), 3),
                   over_plain=f"{(statistics.median(ratios) - 1) * 100:+.2f} %",
                   first_calls_s=round(first.get(name, 0.0), 1))

@@ -150,8 +150,9 @@ MEASURED: dict[int, tuple[tuple[str, int, int, int, Plan], ...]] = {}
 
 def forward_plan(shape: Shape) -> Plan:
     """Of ``mix_forward``."""
-    return measured(shape) or Plan(forward_tile(shape.width, shape.queries, shape.warp_size),
-                                   forward_group(shape.width, shape.queries, shape.element))
+    own = forward_tile(shape.width, shape.queries, shape.warp_size)
+    together = 8 if shape.capability is not None and own.warps > 1 else 1
+    return measured(shape) or Plan(own, forward_group(shape.width, shape.queries, shape.element), together)
 
 
 def again_plan(shape: Shape) -> Plan | None:
