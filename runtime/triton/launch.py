@@ -54,7 +54,7 @@ def mix(
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(*options))
         with device_guard(output):
-            forward(problem, output.view(len(problem.query), problem.tokens, problem.width).unbind(0))
+            forward(problem, output.view(problem.queries, problem.tokens, problem.width).unbind(0))
     return output
 
 
@@ -74,7 +74,7 @@ def forward(
     written is contiguous.
     """
     most = configs.forward_queries(problem.width, problem.element, problem.options.normalize_values)
-    for part in chunks(len(problem.query), most):
+    for part in chunks(problem.queries, most):
         own_lses = None if lses is None else tuple(lses[part])
         _forward_group(problem.of_queries(part), tuple(outputs[part]), own_lses, delta, partial_out, norm)
 
@@ -83,7 +83,7 @@ def _forward_group(
     problem: Problem, outputs: tuple[Tensor, ...], lses: tuple[Tensor, ...] | None, delta: Tensor | None,
     partial_out: Tensor | None, norm: Norm | None,
 ) -> None:
-    queries, tokens = len(problem.query), problem.tokens
+    queries, tokens = problem.queries, problem.tokens
     plan = configs.forward_plan(problem.shape("forward", norm is not None))
     parts = chunks(len(problem.sources), configs.forward_sources(problem.phase))
     state_sums, state_rows = None, None
@@ -150,12 +150,12 @@ def backward(
     [tokens, d] where that is given), and the gradients of its weight and bias are written to norm_grads, [d] each or None.
     Raises: ValueError for a norm of several queries.
     """
-    if norm is not None and len(problem.query) > 1:
-        raise ValueError(f"the norm of a mix is that of one query, got {len(problem.query)} queries")
+    if norm is not None and problem.queries > 1:
+        raise ValueError(f"the norm of a mix is that of one query, got {problem.queries} queries")
     if norm is not None and _again(problem, norm) is None and problem.backward_tile(norm) is None:
         grads = [_before_norm(problem, grads[0], norm, normed, norm_grads)]
         norm, norm_grads = None, (None, None)
-    groups = chunks(len(problem.query), configs.backward_queries(problem.width))
+    groups = chunks(problem.queries, configs.backward_queries(problem.width))
     priors = [None] * len(source_grads) if priors is None else list(priors)
     # Several groups add up in the dtype of the statistics, so that every gradient is rounded once.
     wide = [problem.empty(*g.shape) for g in source_grads] if len(groups) > 1 else list(source_grads)
@@ -237,7 +237,7 @@ def _backward_group(
     if tile is None:
         return _backward_split(problem, incoming, source_grads, priors, early_grads), None
     programs = configs.programs(problem.tokens, tile)
-    partial = problem.empty(programs, 2, len(problem.query), problem.width)
+    partial = problem.empty(programs, 2, problem.queries, problem.width)
     norm_partial = _norm_partial(problem, norm, programs)
     registers = configs.backward_registers(tile, problem.width, len(problem.sources), problem.options.normalize_values,
                                            problem.element, grads[0].element_size())
@@ -280,7 +280,7 @@ def _backward_split(
     An early mix is read by the first launch of each sweep. It is the last entry of the scalars: of scale one, no score.
     """
     grads, lse_grads = incoming
-    count, queries, tokens, options = len(problem.sources), len(problem.query), problem.tokens, problem.options
+    count, queries, tokens, options = len(problem.sources), problem.queries, problem.tokens, problem.options
     tile = configs.split_tile(problem.width, queries, warp_size(problem.query.device))
     entries = count if problem.early is None else count + 1
     scales = problem.empty(entries, tokens)
@@ -334,8 +334,8 @@ def _reduce(
     """Add up the partial rows and write the gradients of query, gain, and the norm's weight and bias."""
     block = configs.REDUCE_COLUMNS
     kernels.reduce_parameter_grads[(math.ceil(problem.width / block),)](
-        partial, len(partial), problem.query, problem.gain, query_grad, gain_grad, norm_partial, *norm_grads,
+        partial, partial.shape[0], problem.query, problem.gain, query_grad, gain_grad, norm_partial, *norm_grads,
         D=problem.width, BLOCK_D=block,
-        BLOCK_P=configs.REDUCE_ROWS, M=len(problem.query),
+        BLOCK_P=configs.REDUCE_ROWS, M=problem.queries,
         GAIN_PER_QUERY=problem.gain is not None and problem.gain.ndim == 2, VALUE_GAIN=problem.value_gain,
         ACC=ACCUMULATE[problem.accumulate], num_warps=configs.REDUCE_WARPS)

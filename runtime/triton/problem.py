@@ -37,6 +37,8 @@ class Options:
 
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., d] as [tokens, d] with unit stride along d: a view where strides allow it, else a copy."""
+    if tensor.ndim == 2 and tensor.stride(1) == 1:
+        return tensor
     width = tensor.shape[-1]
     flat = tensor.reshape(-1, width)
     return flat if width == 1 or flat.stride(-1) == 1 else flat.contiguous()
@@ -154,6 +156,10 @@ class Problem:
         return self.sources[0].shape[1]
 
     @property
+    def queries(self) -> int:
+        return self.query.shape[0]
+
+    @property
     def element(self) -> int:
         """Bytes of an element of the widest source."""
         return max(rows.element_size() for rows in self.sources)
@@ -188,7 +194,7 @@ class Problem:
     def constants(self, tile: configs.Tile, registers: int | None = None) -> dict[str, Any]:
         """The compile-time arguments that all kernels over rows share, and their launch's, as ``launch_options``."""
         return {
-            "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t, "M": len(self.query), "ALIGN": self.align,
+            "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t, "M": self.queries, "ALIGN": self.align,
             "GAIN_PER_QUERY": self.gain is not None and self.gain.ndim == 2,
             "OUTPUT_FACTOR": self.options.output_factor, "NORMALIZE": self.options.normalize_values,
             "ACC": ACCUMULATE[self.accumulate], **launch_options(tile, self.query.device, registers)}
@@ -197,12 +203,12 @@ class Problem:
         """What a plan for one of the kernels is chosen by."""
         device = self.query.device
         plain = self.phase is None and not self.options.normalize_values
-        return configs.Shape(kind, self.width, len(self.sources), self.tokens, self.element, len(self.query), norm, plain,
+        return configs.Shape(kind, self.width, len(self.sources), self.tokens, self.element, self.queries, norm, plain,
                              warp_size(device), capability(device))
 
     def backward_tile(self, norm: Norm | None) -> configs.Tile | None:
         """The tile of ``mix_backward``, or None where the rows do not fit."""
-        return configs.backward_tile(self.width, len(self.sources), len(self.query), warp_size(self.query.device),
+        return configs.backward_tile(self.width, len(self.sources), self.queries, warp_size(self.query.device),
                                      norm is not None, self.phase, self.options.normalize_values)
 
     def empty(self, *shape: int) -> Tensor:
