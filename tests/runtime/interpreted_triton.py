@@ -339,10 +339,10 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
     problem = launch.Problem.of([*sources[:-1], partial], query, gain, launch.Options(*DEFAULTS))
     grads = [torch.empty_like(t) for t in leaves[:4]]
     query_grad, gain_grad = torch.empty(1, 20, dtype=torch.float64), torch.empty(20, dtype=torch.float64)
-    of_norm = launch.backward(problem, [cotangent], grads, query_grad, gain_grad,
-                              priors=[None, None, None, of_partial], norm=norm)
-    assert of_norm is not None
-    got = [*grads, query_grad[0], gain_grad, of_norm[0], *(of_norm[1:] if kind == "layer" else ())]
+    of_weight, of_bias = torch.empty(2, 20, dtype=torch.float64).unbind(0)
+    launch.backward(problem, [cotangent], grads, query_grad, gain_grad, priors=[None, None, None, of_partial], norm=norm,
+                    norm_grads=(of_weight, of_bias if kind == "layer" else None))
+    got = [*grads, query_grad[0], gain_grad, of_weight, *([of_bias] if kind == "layer" else ())]
     for value, leaf in zip(got, leaves, strict=kind == "layer"):
         torch.testing.assert_close(value, leaf.grad, rtol=1e-12, atol=1e-12)
 
