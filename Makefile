@@ -1,5 +1,5 @@
 # One virtual environment in the checkout, made once; every target runs in it.
-#   make demo | test | test-slow | test-zoo | test-binaries | support | lint | benchmark | wheel | clean      ARGS="..." is handed on to the program.
+#   make demo | test | test-slow | test-zoo | test-binaries | support | lint | benchmark | gpu-bundle | wheel | clean      ARGS="..." is handed on to the program.
 
 PYTHON ?= python3
 ARGS ?=
@@ -17,7 +17,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 
 # A copy of the package as users get it. mypy does not follow the finder of an editable installation.
 TYPED := build/typed
 
-.PHONY: demo test test-slow test-zoo test-binaries support lint benchmark wheel clean
+.PHONY: demo test test-slow test-zoo test-binaries support lint benchmark gpu-bundle wheel clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py $(ARGS)
@@ -46,12 +46,16 @@ lint: $(STAMP)
 benchmark: $(STAMP)
 	$(RUN) benchmarks/model.py $(ARGS)
 
+# What a machine with a GPU, its own torch and no network needs: .gpu/README says how it is run there.
+gpu-bundle:
+	bash benchmarks/gpu_bundle.sh "$(PYTHON)" $(ARGS)
+
 wheel: $(STAMP)
 	rm -rf build dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(RUN) -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 define CHECK
 import os, shutil, sys, sysconfig

@@ -1,6 +1,7 @@
 """Every touch of private interfaces of torch.fx, AOTAutograd, Inductor and the dispatcher; Dynamo's are in ``_dynamo``.
 
-Written against torch 2.13. ``tests/passes/test_compat.py`` holds one test for each: a new release needs them to pass.
+Written against torch 2.11 to 2.15; what a release lacks is looked for, not its number. ``tests/passes/test_compat.py`` holds
+one test for each: a new release needs them to pass.
 """
 
 from __future__ import annotations
@@ -77,26 +78,26 @@ def run_inductor(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], passes: GraphPasses | None = None
 ) -> Callable[..., Any]:
     """Hand a graph to Inductor with configuration patches, and passes of our own."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.custom_graph_pass import (
-        CustomGraphPass,
-        CustomInferenceAwareGraphPass,
-        get_custom_graph_passes,
-    )
+    from torch._inductor import custom_graph_pass
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     if passes is None:
         return compile_fx(gm, list(inputs), config_patches=patches or None)
     identity, joint, call, forward = passes.identity, passes.joint, passes.call, passes.forward
+    plain: Any = custom_graph_pass.CustomGraphPass
+    aware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # from torch 2.12 on
+    compiling_inference = False
 
-    class JointPass(CustomGraphPass):
+    class JointPass(plain):
         def __call__(self, graph: fx.Graph) -> None:
             joint(graph)
 
         def uuid(self) -> str:
             return identity
 
-    class LastPass(CustomInferenceAwareGraphPass):
-        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+    class LastPass(aware or plain):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
+            is_inference = compiling_inference if is_inference is None else is_inference
             if is_inference and call is not None:
                 call(graph)
             elif not is_inference and forward is not None and not _is_backward_graph(graph):
@@ -109,11 +110,41 @@ def run_inductor(
         def uuid(self) -> str:
             return identity
 
+    def inner_compile(module: fx.GraphModule, given: Sequence[Any], **settings: Any) -> Any:
+        """Where no pass is told what its graph is for, this is."""
+        nonlocal compiling_inference
+        compiling_inference = bool(settings.get("is_inference"))
+        return compile_fx_inner(module, given, **settings)
+
     ours = {"joint_custom_pre_pass": JointPass(), "post_grad_custom_post_pass": LastPass()}
     for name, own in ours.items():
-        theirs = get_custom_graph_passes(patches.get(name, getattr(torch._inductor.config, name)))
-        patches = {**patches, name: [own, *theirs]}
-    return compile_fx(gm, list(inputs), config_patches=patches)
+        patches = {**patches, name: _before(own, patches.get(name, getattr(torch._inductor.config, name)))}
+    told = {} if aware is not None else {"inner_compile": inner_compile}
+    return compile_fx(gm, list(inputs), config_patches=patches, **told)
+
+
+def _before(own: Any, theirs: Any) -> Any:
+    """What Inductor's setting for a custom pass has to hold, that ``own`` may run before what it holds."""
+    from torch._inductor import custom_graph_pass
+
+    if hasattr(custom_graph_pass, "get_custom_graph_passes"):  # from torch 2.13 on a setting holds a list
+        return [own, *custom_graph_pass.get_custom_graph_passes(theirs)]
+    if theirs is None:
+        return own
+    plain: Any = custom_graph_pass.CustomGraphPass
+    aware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+    told = aware is not None and any(isinstance(member, aware) for member in (own, theirs))
+
+    class Both(aware if told else plain):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph, *is_inference: bool) -> None:
+            for member in (own, theirs):
+                member(graph, *(is_inference if told and isinstance(member, aware) else ()))
+
+        def uuid(self) -> Any:
+            known = [member.uuid() if isinstance(member, (plain, aware or plain)) else None for member in (own, theirs)]
+            return None if None in known else tuple(known)
+
+    return Both()
 
 
 def _is_backward_graph(graph: fx.Graph) -> bool:
@@ -141,6 +172,16 @@ def tunes_products() -> bool:
     """Whether Inductor chooses among kernels of its own for products of matrices, and joins to them what follows."""
     config = torch._inductor.config
     return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def orders_copies(device: torch.device) -> bool:
+    """Whether Inductor lets a loop that is copied into a view wait for the memory behind the view.
+
+    Torch 2.11 forgets on the CPU, where it joins loops of several shapes, what else a loop has to wait for.
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    return device.type != "cpu" or "with_read" in SchedulerNode.recompute_size_and_body.__code__.co_names
 
 
 _PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,

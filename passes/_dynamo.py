@@ -1,11 +1,12 @@
 """Every touch of Dynamo's private interfaces: what it traces, what it refuses, whom it tells. The rest is in ``_compat``.
 
-Written against torch 2.13. ``tests/passes/test_dynamo.py`` holds one test for each.
+Written against torch 2.11 to 2.15. ``tests/passes/test_dynamo.py`` holds one test for each.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import re
 import sys
@@ -28,9 +29,19 @@ def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], dyn
                   limit: int | None = None) -> Callable[..., Any]:
     """``torch.compile`` of one whole graph, with a recompile limit that is not shared with other functions."""
     compile_: Any = torch.compile  # its published signature does not list isolate_recompiles
-    compiled: Callable[..., Any] = compile_(
-        function, backend=backend, fullgraph=True, dynamic=dynamic, recompile_limit=limit, isolate_recompiles=True)
-    return compiled
+    known = inspect.signature(torch.compile).parameters
+    wanted = {"recompile_limit": limit, "isolate_recompiles": True}
+    own = {name: value for name, value in wanted.items() if name in known}
+    compiled: Callable[..., Any] = compile_(function, backend=backend, fullgraph=True, dynamic=dynamic, **own)
+    if limit is None or "recompile_limit" in known:
+        return compiled
+
+    @functools.wraps(compiled)
+    def limited(*args: Any, **kwargs: Any) -> Any:  # torch 2.11 has one limit for all functions
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            return compiled(*args, **kwargs)
+
+    return limited
 
 
 def is_traced() -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnres_fx.passes._compat import input_symbols, runs_in_place_order, symbols_of, tunes_products
+from attnres_fx.passes._compat import input_symbols, orders_copies, runs_in_place_order, symbols_of, tunes_products
 from attnres_fx.passes.graph import same_size, value_of
 from attnres_fx.passes.vocabulary import argument, is_mutation, op_name, viewed
 from attnres_fx.runtime.into import INTO
@@ -155,7 +155,7 @@ def _made_by(node: fx.Node, read: set[fx.Node]) -> list[tuple[int | None, fx.Nod
     # What one loop over elements makes can be written anywhere, and so can a product that nobody is to tune.
     loop = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is torch.ops.aten.embedding.default
     product = node.target in PRODUCTS and not tunes_products()
-    return [(None, node, value)] if loop or product else []
+    return [(None, node, value)] if (loop and orders_copies(value.device)) or product else []
 
 
 def _over(row: Row, own: Collection[fx.Node | None], needed: dict[fx.Node, int]) -> Row:

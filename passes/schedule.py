@@ -136,10 +136,11 @@ def _waits_for_memory(reads: Sequence[Read], machine: Machine) -> bool:
     """Whether bytes are what the reads take their time for.
 
     On the CPU they are not where all sources stay in a share of the last-level cache, nor for elements of two bytes,
-    which take as long to widen as to fetch (measured: benchmarks/NOTES.md).
+    which take as long to widen as to fetch (measured: benchmarks/NOTES.md). On GPUs a training step moves more in two
+    phases, by runtime/costs.py: the backward of a phase 1 reads its sources twice for two queries, and adds up in float32.
     """
     if value_of(reads[0].node).device.type != "cpu":
-        return True
+        return not machine.training
     rows = max(len(read.sources) for read in reads)
     return machine.element >= 4 and rows * machine.tokens * machine.row > last_level_cache() / _SHARERS
 

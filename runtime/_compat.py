@@ -1,16 +1,33 @@
 """Every touch of torch's private interfaces in the runtime, each with its test in ``test_runtime_compat.py``.
 
-Written against torch 2.13. A new torch release is supported when these tests pass on it.
+Written against torch 2.11 to 2.15. A new torch release is supported when these tests pass on it.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+TESTED = (2, 11), (2, 15)  # the oldest and the newest release
+
+
+def warn_of_untested(version: str) -> None:
+    """Say so, once a process, where this release of torch is none of those that the private interfaces were tried on."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(found[1]), int(found[2])) if found else None
+    if release is None or not TESTED[0] <= release <= TESTED[1]:
+        oldest, newest = (".".join(map(str, each)) for each in TESTED)
+        warnings.warn(f"attnres_fx was tested on torch {oldest} to {newest}, this is {version}: it goes on, and where it "
+                      "fails, that may be why", stacklevel=2)
+
+
+warn_of_untested(torch.__version__)
 
 
 def any_requires_grad(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None) -> bool:

@@ -15,20 +15,26 @@ from .triton import configs
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read and written."""
+    """Bytes read from memory, written, and read once more from a cache."""
 
     read: float
     written: float
+    again: float = 0
+
+    @property
+    def loaded(self) -> float:
+        """Bytes that kernels load, wherever they come from."""
+        return self.read + self.again
 
     @property
     def total(self) -> float:
         return self.read + self.written
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.read + other.read, self.written + other.written)
+        return Traffic(self.read + other.read, self.written + other.written, self.again + other.again)
 
     def __mul__(self, factor: float) -> Traffic:
-        return Traffic(self.read * factor, self.written * factor)
+        return Traffic(self.read * factor, self.written * factor, self.again * factor)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,17 @@ def _is_held(mix: Mix, queries: int, norm: bool) -> bool:
     return tile is not None
 
 
+def _is_read_again(mix: Mix, queries: int, norm: bool) -> bool:
+    """Whether one launch of the backward reads the rows of a token several times, all but once from the cache."""
+    plain = mix.phase is None and not mix.normalize
+    shape = configs.Shape("backward", mix.width, mix.count, 1, mix.element, queries, norm, plain)
+    return not _is_held(mix, queries, norm) and configs.again_plan(shape) is not None
+
+
 def _backward_group(mix: Mix, queries: int, grad_row: int) -> Traffic:
+    if _is_read_again(mix, queries, mix.norm):
+        written = mix.count * grad_row + mix.norm * mix.row
+        return Traffic((mix.count + 1) * mix.row, written, (3 if mix.norm else 1) * mix.count * mix.row)
     held = _is_held(mix, queries, mix.norm)
     before_norm, incoming_row = Traffic(0, 0), mix.row
     if mix.norm and held:

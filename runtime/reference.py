@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -31,6 +32,8 @@ def check_arguments(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor |
     The comparisons go through ``torch._check_value`` so that symbolic sizes become guards, or run-time assertions where
     they are unknown, instead of failing the trace.
     """
+    if _are_plainly_right(sources, query, key_gain, eps):
+        return
     torch._check_value(len(sources) > 0, lambda: "attnres::mix needs at least one source, got an empty list")
     first = sources[0]
     torch._check_value(first.ndim > 0, lambda: "attnres::mix: sources[0] is a scalar; a source has the shape [..., d]")
@@ -57,6 +60,26 @@ def check_arguments(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor |
 def check_grad(grad: Tensor, sources: Sequence[Tensor], query: Tensor) -> None:
     """Raise ValueError unless grad has the shape of the mix."""
     check_shape("grad", grad, output_shape(sources, query), "the shape of the mix")
+
+
+def _are_plainly_right(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float) -> bool:
+    """Whether the arguments are tensors of known sizes that surely have a meaning: the checks of an eager call, at the cost
+    of a comparison each. Subclasses may have symbolic sizes, and are checked one size at a time.
+    """
+    given = [*sources, query] if key_gain is None else [*sources, query, key_gain]
+    if not sources or any(type(tensor) is not Tensor and type(tensor) is not Parameter for tensor in given):
+        return False
+    first = sources[0]
+    shape, device, dtype = first.shape, first.device, first.dtype
+    own = query.shape
+    if len(shape) == 0 or shape[-1] <= 0 or eps < 0 or dtype not in SUPPORTED_DTYPES or len(own) not in (1, 2) or (
+            own[-1] != shape[-1] or own[0] <= 0 or query.device != device or query.dtype not in SUPPORTED_DTYPES):
+        return False
+    if key_gain is not None and (key_gain.shape not in (own, own[-1:]) or key_gain.device != device
+                                 or key_gain.dtype not in SUPPORTED_DTYPES):
+        return False
+    return all(source.shape == shape and source.device == device and (
+        source.dtype is dtype or source.dtype in SUPPORTED_DTYPES) for source in sources)
 
 
 def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -113,6 +113,29 @@ def test_the_traffic_of_a_mix_is_counted() -> None:
     assert 5.5 < content["network"]["two phases"] < content["network"]["one pass"]
 
 
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
+    """Its checks of values, which hold on a CPU, too; a section that is not known fails alone; results line by line."""
+    rows = load_script("benchmarks/gpu.py").main(["--device", "cpu", "--out", str(tmp_path), "--only", "values,none"])
+    written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in written] == [row["kind"] for row in rows]
+    checked = [row for row in written if "ok" in row]
+    assert len(checked) > 8 and all(row["ok"] for row in checked)
+    assert [row["what"] for row in written if row["kind"] == "FAILED"] == ["none"]
+
+
+def test_plans_to_search_are_lines_of_the_table() -> None:
+    """What is found on a GPU is printed as the table of configurations is written."""
+    search = load_script("benchmarks/gpu_search.py")
+    from attnres_fx.runtime.triton.configs import Plan, Tile
+
+    for case in search.CASES:
+        found = list(search.plans(case))
+        assert found and len(set(found)) == len(found)
+        for plan in found:
+            assert eval(search._words(plan), {"Plan": Plan, "Tile": Tile}) == plan
+            assert plan.tile.block_d >= case.width and plan.tile.warps * 32 * (plan.registers or 32) <= 65536
+
+
 @pytest.mark.slow
 def test_the_account_of_a_call_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     account = load_script("benchmarks/account.py")

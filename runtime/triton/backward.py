@@ -81,7 +81,7 @@ def mix_backward(
     keyed = ()
     keyed_sums = ()
     value_sums = ()
-    norm_sums = norm_sums_zero(norm_partial, BLOCK_D, BLOCK_T, ACC)
+    norm_sums = norm_sums_zero(norm_partial, norm_bias, BLOCK_D, BLOCK_T, ACC)
     for m in tl.static_range(M):
         keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
         keyed_sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
@@ -349,6 +349,20 @@ def mix_source_grads(
 
 
 @triton.jit
+def add_partial_rows(
+    partial, kind, programs, target, columns, within, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Some columns of the sum of one kind of rows of partial [programs, 2, d]."""
+    total = tl.zeros([BLOCK_P, BLOCK_D], ACC)
+    for start in range(0, programs, BLOCK_P):
+        rows = (start + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+        mask = (rows < programs) & within[None, :]
+        total += tl.load(partial + (rows * 2 + kind) * D + columns[None, :], mask=mask, other=0.0)
+    tl.store(target + columns, round_to(tl.sum(total, 0), target.dtype.element_ty), mask=within)
+
+
+@triton.jit
 def reduce_parameter_grads(
     partial,
     programs,
@@ -356,6 +370,9 @@ def reduce_parameter_grads(
     gain,
     query_grad,
     gain_grad,
+    norm_partial,
+    norm_gain_grad,
+    norm_bias_grad,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -364,7 +381,10 @@ def reduce_parameter_grads(
     VALUE_GAIN: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Add the partial rows [programs, 2, M, d] in a fixed order and unfold the gradients of query [M, d] and gain."""
+    """Add the partial rows [programs, 2, M, d] in a fixed order and unfold the gradients of query [M, d] and gain.
+
+    Of norm_partial [programs, 2, d], or None, the sums go to norm_gain_grad and norm_bias_grad, [d] or None.
+    """
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     within = columns < D
     shared = tl.zeros([BLOCK_D], ACC)
@@ -391,3 +411,7 @@ def reduce_parameter_grads(
         tl.store(query_grad + m * D + columns, round_to(keyed_grad, query_grad.dtype.element_ty), mask=within)
     if gain is not None and not GAIN_PER_QUERY:
         tl.store(gain_grad + columns, round_to(shared, gain_grad.dtype.element_ty), mask=within)
+    if norm_gain_grad is not None:
+        add_partial_rows(norm_partial, 0, programs, norm_gain_grad, columns, within, D, BLOCK_D, BLOCK_P, ACC)
+    if norm_bias_grad is not None:
+        add_partial_rows(norm_partial, 1, programs, norm_bias_grad, columns, within, D, BLOCK_D, BLOCK_P, ACC)

@@ -11,7 +11,7 @@ from typing import Any
 
 import triton.language as tl
 
-from . import backward, configs, forward, norms
+from . import again, backward, configs, forward, norms
 
 WIDTHS = (64, 256, 1000, 1024, 2048, 2304, 4096, 7168, 8192)
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -49,6 +49,7 @@ class Case:
     normalize: bool = False
     gain: bool = True
     features: tuple[str, ...] = field(default=())
+    chosen: configs.Plan | None = None
 
     @property
     def phase(self) -> int | None:
@@ -97,12 +98,14 @@ class Case:
             "grad": row, "grad_stride": stride, "mixed": wide,
             "scales": wide, "scores": wide, "pulls": wide, "first": Typed("i32", False), "total_count": Typed("i32", False),
             "value_coefficients": wide, "key_coefficients": wide, "shrinks": wide,
+            "norm_gain_grad": wide if norm else None, "norm_bias_grad": wide if norm == "layer" else None,
             "programs": Typed("i32", False), "query_grad": wide, "gain_grad": has_gain,
             "tokens": Typed("i32", False), "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t,
-            "GROUP": configs.forward_group(self.width, self.queries, TYPES[self.dtype]), "BLOCK_P": configs.REDUCE_ROWS,
+            "GROUP": self.plan(warp_size).group, "TOGETHER": self.plan(warp_size).together,
+            "STAGES": self.plan(warp_size).stages, "BLOCK_P": configs.REDUCE_ROWS,
             "M": self.queries, "ALIGN": align, "GAIN_PER_QUERY": False, "NORMALIZE": self.normalize,
             "VALUE_GAIN": self.normalize and self.gain, "ACC": tl.float32, **OPTIONS}
-        registers = configs.most_registers(tile)
+        registers = self.plan(warp_size).registers or configs.most_registers(tile)
         if self.kernel is backward.mix_backward:
             element = 4 if grad is wide else TYPES[self.dtype]
             registers = configs.backward_registers(tile, self.width, self.count, self.normalize, TYPES[self.dtype], element)
@@ -115,12 +118,23 @@ class Case:
         size = 4 if self.kernel is backward.reduce_parameter_grads else TYPES[self.dtype]
         return rows * min(self.width, tile.block_d) * size // (tile.warps * warp_size)
 
+    def plan(self, warp_size: int) -> configs.Plan:
+        """The plan given, or that of the table; for the kernels that have none, the tile alone counts."""
+        kind = "forward" if self.kernel is forward.mix_forward else "backward"
+        shape = configs.Shape(kind, self.width, self.count, 1 << 20, TYPES[self.dtype], self.queries, bool(self.norm),
+                              warp_size=warp_size, capability=(8, 0) if warp_size == 32 else None)
+        found = configs.again_plan(shape) if self.kernel is again.mix_backward_again else configs.forward_plan(shape)
+        plan = self.chosen or found
+        if plan is None:
+            raise ValueError(f"{self.config}: no plan")
+        return plan
+
     def tile(self, warp_size: int) -> configs.Tile:
         """The tile that the table gives. Raises ValueError for a backward whose rows do not fit."""
         if self.kernel is backward.reduce_parameter_grads:
             return configs.Tile(configs.REDUCE_COLUMNS, 1, configs.REDUCE_WARPS)
-        if self.kernel is forward.mix_forward:
-            return configs.forward_tile(self.width, self.queries, warp_size)
+        if self.kernel in (forward.mix_forward, again.mix_backward_again):
+            return self.plan(warp_size).tile
         if self.kernel is backward.mix_backward:
             tile = configs.backward_tile(self.width, self.count, self.queries, warp_size, bool(self.norm), self.phase,
                                          self.normalize)
@@ -132,7 +146,7 @@ class Case:
         return configs.split_tile(self.width, self.queries, warp_size)
 
 
-def cases() -> Iterator[Case]:
+def cases(warp_size: int = 32) -> Iterator[Case]:
     """Every kernel at every width with the most sources and queries the table gives a launch, and every option once."""
     for width in WIDTHS:
         for dtype in ("bf16", "fp32"):
@@ -150,6 +164,7 @@ def cases() -> Iterator[Case]:
                 yield Case("mix_forward", forward.mix_forward, width, count, dtype=dtype, normalize=normalize,
                            features=("phase 2",))
             yield from _backward_cases(width, dtype)
+            yield from _again_cases(width, dtype, warp_size)
         yield Case("mix_forward", forward.mix_forward, width, 9, dtype="fp16")
         yield Case("reduce_parameter_grads", backward.reduce_parameter_grads, width, 1, normalize=True)
 
@@ -176,6 +191,16 @@ def _backward_cases(width: int, dtype: str) -> Iterator[Case]:
             yield from _norm_cases(width, dtype, normalize, phase)
     for norm in NORMS:
         yield Case("norm_backward", norms.norm_backward, width, 1, dtype=dtype, features=(norm,))
+
+
+def _again_cases(width: int, dtype: str, warp_size: int) -> Iterator[Case]:
+    """The backward that reads rows again, alone and with each norm, of the most sources."""
+    for features in ((), *(("prior of the last", norm) for norm in NORMS)):
+        served = [count for count in range(2, 33)
+                  if configs.again_plan(configs.Shape("backward", width, count, 1, TYPES[dtype], norm=bool(features),
+                                                      warp_size=warp_size))]
+        if served:
+            yield Case("mix_backward_again", again.mix_backward_again, width, served[-1], dtype=dtype, features=features)
 
 
 def _norm_cases(width: int, dtype: str, normalize: bool, phase: int | None) -> Iterator[Case]:

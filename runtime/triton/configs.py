@@ -32,6 +32,43 @@ class Tile:
     warps: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel goes over rows.
+
+    group: how many sources are loaded at once; together: of how many tiles sums over rows are taken at once. stages: 0
+    where a program of the forward works on one tile; else programs stay, ``resident`` of them on a multiprocessor, as those
+    of the backward always do, and ask for the rows of their next tiles in advance: for the cache (1), or, in the forward,
+    for shared memory (2 and more). registers: how many a thread may use on NVIDIA's; None: ``most_registers``.
+    """
+
+    tile: Tile
+    group: int
+    together: int = 1
+    stages: int = 0
+    resident: int = 1
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan is chosen by. kind: "forward" or "backward"; norm: whether addition and norm are within.
+
+    element: bytes of the widest source. capability: of NVIDIA's device, as (9, 0), or None.
+    """
+
+    kind: str
+    width: int
+    count: int
+    tokens: int
+    element: int = 2
+    queries: int = 1
+    norm: bool = False
+    plain: bool = True
+    warp_size: int = 32
+    capability: tuple[int, int] | None = None
+
+
 def next_power_of_two(number: int) -> int:
     """The least power of two that is not less."""
     return 1 << max(number - 1, 0).bit_length()
@@ -104,6 +141,47 @@ def backward_tile(
         rows = 9 if width <= 2048 else 4 - normalize if width <= 4096 else 0
     rows = rows - (2 if width <= 512 else 1) if phase == 1 else min(rows // 2, 3) if phase == 2 else rows
     return tile(width, 8, warp_size) if count <= rows // queries else None
+
+
+# By device generation (the major number of NVIDIA's capability): kind, width, the most sources and the most tokens that a
+# plan is for, the plan. The first that fits is taken. Lines as ``benchmarks/gpu.py --only search`` prints them.
+MEASURED: dict[int, tuple[tuple[str, int, int, int, Plan], ...]] = {}
+
+
+def forward_plan(shape: Shape) -> Plan:
+    """Of ``mix_forward``."""
+    own = forward_tile(shape.width, shape.queries, shape.warp_size)
+    together = 8 if shape.capability is not None and own.warps > 1 else 1
+    return measured(shape) or Plan(own, forward_group(shape.width, shape.queries, shape.element), together)
+
+
+def again_plan(shape: Shape) -> Plan | None:
+    """Of ``mix_backward_again``, or None where it does not serve: it knows one query and values as they are, unrolls
+    the sources, and has no registers left for the norm of a wide row.
+
+    A thread holds many elements, as each holds the scalars of all sources, too.
+    """
+    wide = shape.width > 4096
+    fits = shape.count <= (9 if wide else 10 if shape.norm else 12)
+    if shape.norm and (wide or (shape.width > 2048 and shape.element > 2)):
+        fits = False
+    if shape.queries > 1 or not shape.plain or not fits or shape.warp_size != 32:
+        return None  # addresses of so many rows, each read several times, do not fit into AMD's scalar registers
+    own = tile(shape.width, 32 if wide else 16 if shape.width > 512 else 8, shape.warp_size)
+    nvidia = shape.capability is not None
+    return measured(shape) or Plan(own, 1 if shape.element > 2 else 2, 4 if nvidia and own.warps > 1 else 1, int(nvidia),
+                                   max(1, min(16, 8 // own.warps)))
+
+
+def measured(shape: Shape) -> Plan | None:
+    """What was found fastest on a device of this generation for a shape like this; None where nothing was measured."""
+    if not shape.plain or shape.queries > 1 or shape.element != 2 or shape.capability is None:
+        return None
+    kind = shape.kind + (" norm" if shape.norm else "")
+    for name, width, sources, tokens, found in MEASURED.get(shape.capability[0], ()):
+        if name == kind and width == shape.width and shape.count <= sources and shape.tokens <= tokens:
+            return found
+    return None
 
 
 def split_tile(width: int, queries: int, warp_size: int = 32) -> Tile:

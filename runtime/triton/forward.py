@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .sums import row_sums
+
 
 @triton.jit
 def tile_of(tile, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
@@ -121,21 +123,31 @@ def add_group(
     EPS: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Add tiles of some sources to the running softmax of every query: maximum, sum of powers, sum of rows."""
     count: tl.constexpr = len(held)
+    queries: tl.constexpr = len(keyed)
+    products = ()
+    for i in tl.static_range(count):
+        wide = widen(held[i], ACC)
+        products += (wide * wide,)
+        for m in tl.static_range(queries):
+            products += (wide * keyed[m][None, :],)
+    found = row_sums(products, TOGETHER)
+    each: tl.constexpr = 1 + queries
     scales = ()
     for i in tl.static_range(count):
-        scales += (tl.where(exists, inverse_rms(widen(held[i], ACC), D, EPS), 0.0),)
+        scales += (tl.where(exists, 1.0 / tl.sqrt(found[each * i] / D + EPS), 0.0),)
     new_peaks = ()
     new_totals = ()
     new_sums = ()
-    for m in tl.static_range(len(keyed)):
+    for m in tl.static_range(queries):
         logits = ()
         peak = peaks[m]
         for i in tl.static_range(count):
-            logits += (LOGIT_SCALE * scales[i] * tl.sum(widen(held[i], ACC) * keyed[m][None, :], 1),)
+            logits += (LOGIT_SCALE * scales[i] * found[each * i + 1 + m],)
             peak = tl.maximum(peak, logits[i], propagate_nan=tl.PropagateNan.ALL)
         kept = tl.exp(peaks[m] - peak)
         total = totals[m] * kept
@@ -148,6 +160,54 @@ def add_group(
         new_totals += (total,)
         new_sums += (rows,)
     return new_peaks, new_totals, new_sums
+
+
+@triton.jit
+def prefetch_rows(
+    base, stride, tile, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Ask for the rows of a later tile to be in the second-level cache. By NVIDIA's devices only."""
+    step: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # elements of a line of 128 bytes
+    rows, _ = tile_of(tile, BLOCK_D, BLOCK_T)
+    rows = tl.minimum(rows, tokens - 1)
+    places = tl.minimum(tl.arange(0, (BLOCK_D + step - 1) // step) * step, D - 1)
+    addresses = (base + rows[:, None] * stride * ALIGN + places[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False,
+                              pack=1)
+
+
+@triton.jit
+def settle(tile):
+    """The tile, computed here and not later: what a compiler holds back until the end takes registers until then."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [tile], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_group(
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    sources,
+    strides,
+    delta,
+    delta_stride,
+    partial_out,
+    rows,
+    columns,
+    tokens,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A tile of each source from FROM to TO; the last source with delta, which is stored, where there is one."""
+    held = ()
+    for i in tl.static_range(FROM, TO):
+        row = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN)
+        if delta is not None and i == len(sources) - 1:
+            added = load_rows(delta, delta_stride, rows, columns, tokens, D, ALIGN)
+            row = round_to(widen(row, ACC) + widen(added, ACC), partial_out.dtype.element_ty)
+            store_tile(partial_out + rows[:, None] * D + columns[None, :], row, rows, columns, tokens, D)
+        held += (row,)
+    return held
 
 
 @triton.jit
@@ -185,8 +245,11 @@ def mix_forward(
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     ACC: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Mix tiles of BLOCK_T tokens.
+    """Mix tiles of BLOCK_T tokens: one a program; where STAGES is not 0 several, whose rows are asked for in advance:
+    for the second-level cache (1), or loaded into shared memory, STAGES - 1 tiles ahead.
 
     sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d]; gain [d],
     [M, d] or None.
@@ -198,10 +261,76 @@ def mix_forward(
     norm_gain, norm_bias [d] or None: of the consumer's norm, where NORM is "rms" or "layer" ("" for none).
     state_sums [2, M, tokens], state_rows [M, tokens, d] in ACC: maximum, sum and rows, carried from launch to launch where
     there are more sources than one launch takes: read unless FIRST, written (instead of outputs) unless LAST. GROUP sources
-    are loaded at once.
+    are loaded at once, TOGETHER sums over rows taken at once. For NVIDIA's
+    devices only.
     """
+    columns = tl.arange(0, BLOCK_D)
+    keyed = ()
+    for m in tl.static_range(M):
+        keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
+    if STAGES == 0:
+        mix_tile(tl.program_id(0), keyed, sources, strides, gain, outputs, lses, early, early_stride, early_lse, delta,
+                 delta_stride, partial_out, norm_gain, norm_bias, state_sums, state_rows, tokens, D, BLOCK_D, BLOCK_T, GROUP,
+                 M, ALIGN, GAIN_PER_QUERY, EPS, LOGIT_SCALE, OUTPUT_FACTOR, NORMALIZE, NORM, NORM_EPS, FIRST, LAST, ACC,
+                 TOGETHER, False)
+    elif STAGES == 1:
+        for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
+            for i in tl.static_range(len(sources)):
+                prefetch_rows(sources[i], strides[i], tile + tl.num_programs(0), tokens, D, BLOCK_D, BLOCK_T, ALIGN)
+            mix_tile(tile, keyed, sources, strides, gain, outputs, lses, early, early_stride, early_lse, delta, delta_stride,
+                     partial_out, norm_gain, norm_bias, state_sums, state_rows, tokens, D, BLOCK_D, BLOCK_T, GROUP, M, ALIGN,
+                     GAIN_PER_QUERY, EPS, LOGIT_SCALE, OUTPUT_FACTOR, NORMALIZE, NORM, NORM_EPS, FIRST, LAST, ACC, TOGETHER,
+                     False)
+    else:
+        for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0), num_stages=STAGES):
+            mix_tile(tile, keyed, sources, strides, gain, outputs, lses, early, early_stride, early_lse, delta, delta_stride,
+                     partial_out, norm_gain, norm_bias, state_sums, state_rows, tokens, D, BLOCK_D, BLOCK_T, GROUP, M, ALIGN,
+                     GAIN_PER_QUERY, EPS, LOGIT_SCALE, OUTPUT_FACTOR, NORMALIZE, NORM, NORM_EPS, FIRST, LAST, ACC, TOGETHER,
+                     True)
+
+
+@triton.jit
+def mix_tile(
+    tile,
+    keyed,
+    sources,
+    strides,
+    gain,
+    outputs,
+    lses,
+    early,
+    early_stride,
+    early_lse,
+    delta,
+    delta_stride,
+    partial_out,
+    norm_gain,
+    norm_bias,
+    state_sums,
+    state_rows,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GAIN_PER_QUERY: tl.constexpr,
+    EPS: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    OUTPUT_FACTOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Mix one tile of ``mix_forward``, with its folded queries."""
     count: tl.constexpr = len(sources)
-    rows, columns = tile_of(tl.program_id(0), BLOCK_D, BLOCK_T)
+    rows, columns = tile_of(tile, BLOCK_D, BLOCK_T)
     exists = rows < tokens
     places = rows[:, None] * D + columns[None, :]
     size = tl.cast(tokens, tl.int64)
@@ -209,12 +338,10 @@ def mix_forward(
     if early is not None:
         early_row = load_rows(early, early_stride, rows, columns, tokens, D, ALIGN)
         early_logit = load_scalars(early_lse, rows, exists, ACC)
-    keyed = ()
     peaks = ()
     totals = ()
     sums = ()
     for m in tl.static_range(M):
-        keyed += (load_keyed(query, gain, m, columns, D, GAIN_PER_QUERY, ACC),)
         if FIRST:
             peaks += (tl.full([BLOCK_T], float("-inf"), ACC),)
             totals += (tl.zeros([BLOCK_T], ACC),)
@@ -225,18 +352,28 @@ def mix_forward(
             sums += (load_tile(state_rows + m * size * D + places, rows, columns, tokens, D),)
 
     GROUPS: tl.constexpr = (count + GROUP - 1) // GROUP
-    for group in tl.static_range(GROUPS):
-        for _ in range(tl.num_programs(1)):
-            # One round. Without the loop LLVM moves the sums of all groups behind the last load, and every row spills.
-            held = ()
-            for i in tl.static_range(group * count // GROUPS, (group + 1) * count // GROUPS):
-                row = load_rows(sources[i], strides[i], rows, columns, tokens, D, ALIGN)
-                if delta is not None and i == count - 1:
-                    added = load_rows(delta, delta_stride, rows, columns, tokens, D, ALIGN)
-                    row = round_to(widen(row, ACC) + widen(added, ACC), partial_out.dtype.element_ty)
-                    store_tile(partial_out + places, row, rows, columns, tokens, D)
-                held += (row,)
-            peaks, totals, sums = add_group(held, keyed, peaks, totals, sums, exists, D, EPS, LOGIT_SCALE, NORMALIZE, ACC)
+    if GROUPS == 1:
+        held = load_group(0, count, sources, strides, delta, delta_stride, partial_out, rows, columns, tokens, D, ALIGN, ACC)
+        peaks, totals, sums = add_group(
+            held, keyed, peaks, totals, sums, exists, D, EPS, LOGIT_SCALE, NORMALIZE, TOGETHER, ACC)
+    elif AHEAD:
+        for group in tl.static_range(GROUPS):
+            held = load_group(group * count // GROUPS, (group + 1) * count // GROUPS, sources, strides, delta, delta_stride,
+                              partial_out, rows, columns, tokens, D, ALIGN, ACC)
+            peaks, totals, sums = add_group(
+                held, keyed, peaks, totals, sums, exists, D, EPS, LOGIT_SCALE, NORMALIZE, TOGETHER, ACC)
+            settled = ()
+            for m in tl.static_range(M):
+                settled += (settle(sums[m]),)
+            sums = settled
+    else:
+        for group in tl.static_range(GROUPS):
+            for _ in range(tl.num_programs(1)):
+                # One round. Without the loop LLVM moves the sums of all groups behind the last load, and every row spills.
+                held = load_group(group * count // GROUPS, (group + 1) * count // GROUPS, sources, strides, delta,
+                                  delta_stride, partial_out, rows, columns, tokens, D, ALIGN, ACC)
+                peaks, totals, sums = add_group(
+                    held, keyed, peaks, totals, sums, exists, D, EPS, LOGIT_SCALE, NORMALIZE, TOGETHER, ACC)
 
     for m in tl.static_range(M):
         if LAST:

@@ -61,14 +61,12 @@ def mix_norm_backward(grad: Tensor, partial_grad: Tensor | None, *arguments: Any
     query_grad, gain_grad = next(found), None if reading.key_gain is None else next(found)
     row_grad = rows_of(grad)
     prior = None if partial_grad is None else rows_of(partial_grad).contiguous()
+    weight_grad, bias_grad = (None if given is None else next(found) for given in (reading.weight, reading.bias))
     with device_guard(last):
-        of_norm = backward(
+        backward(
             _problem(reading, [row_grad]), [row_grad], source_grads, query_grad.unsqueeze(0), gain_grad, early_grads=early,
-            priors=[*[None] * (len(source_grads) - 1), prior], norm=_norm(reading), normed=rows_of(normed))
-    if of_norm is not None:
-        wanted = (own for own, given in zip(of_norm, (reading.weight, reading.bias)) if given is not None)
-        for target, own in zip(found, wanted, strict=True):
-            target.copy_(own)
+            priors=[*[None] * (len(source_grads) - 1), prior], norm=_norm(reading), normed=rows_of(normed),
+            norm_grads=(weight_grad, bias_grad))
     return [normed, *grads]
 
 

@@ -18,6 +18,7 @@ from attnres_fx.runtime.norm import Norm
 
 from . import backward as kernels
 from . import configs
+from .again import mix_backward_again
 from .forward import mix_forward as forward_kernel
 from .norms import norm_backward
 from .problem import (
@@ -29,10 +30,12 @@ from .problem import (
     device_guard,
     empty_like,
     launch_options,
+    programs_of,
     rows_of,
     warp_size,
 )
 
+NormGrads = tuple[Tensor | None, Tensor | None]  # where the gradients of a norm's weight and bias go, [d] each
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
 
 
@@ -51,7 +54,7 @@ def mix(
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(*options))
         with device_guard(output):
-            forward(problem, output.view(len(problem.query), problem.tokens, problem.width).unbind(0))
+            forward(problem, output.view(problem.queries, problem.tokens, problem.width).unbind(0))
     return output
 
 
@@ -71,7 +74,7 @@ def forward(
     written is contiguous.
     """
     most = configs.forward_queries(problem.width, problem.element, problem.options.normalize_values)
-    for part in chunks(len(problem.query), most):
+    for part in chunks(problem.queries, most):
         own_lses = None if lses is None else tuple(lses[part])
         _forward_group(problem.of_queries(part), tuple(outputs[part]), own_lses, delta, partial_out, norm)
 
@@ -80,8 +83,8 @@ def _forward_group(
     problem: Problem, outputs: tuple[Tensor, ...], lses: tuple[Tensor, ...] | None, delta: Tensor | None,
     partial_out: Tensor | None, norm: Norm | None,
 ) -> None:
-    queries, tokens = len(problem.query), problem.tokens
-    tile = configs.forward_tile(problem.width, queries, warp_size(problem.query.device))
+    queries, tokens = problem.queries, problem.tokens
+    plan = configs.forward_plan(problem.shape("forward", norm is not None))
     parts = chunks(len(problem.sources), configs.forward_sources(problem.phase))
     state_sums, state_rows = None, None
     if len(parts) > 1:
@@ -90,16 +93,17 @@ def _forward_group(
     for part in parts:
         first, last = part is parts[0], part is parts[-1]
         own_norm = norm if last else None
-        forward_kernel[(math.ceil(tokens / tile.block_t),)](
+        programs = programs_of(tokens, plan, problem.query.device) if plan.stages else math.ceil(tokens / plan.tile.block_t)
+        forward_kernel[(programs,)](
             tuple(problem.sources[part]), problem.strides(problem.sources[part]), problem.query, problem.gain, outputs,
             lses if last else None, *problem.early_arguments(last),
             delta if last else None, problem.stride(delta) if last and delta is not None else 0,
             partial_out if last else None,
             own_norm.weight if own_norm else None, own_norm.bias if own_norm else None,
             state_sums, state_rows, tokens,
-            **problem.constants(tile), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
-            **_norm_constants(own_norm),
-            GROUP=configs.forward_group(problem.width, queries, problem.element), FIRST=first, LAST=last)
+            **problem.constants(plan.tile, plan.registers), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
+            **_norm_constants(own_norm), GROUP=plan.group, FIRST=first, LAST=last, TOGETHER=plan.together,
+            STAGES=plan.stages)
 
 
 def mix_backward(
@@ -135,25 +139,23 @@ def backward(
     priors: Sequence[Tensor | None] | None = None,
     norm: Norm | None = None,
     normed: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
+    norm_grads: NormGrads = (None, None),
+) -> None:
     """Write the gradients of a mix.
 
     grads: M of [tokens, d] with unit stride along d; lse_grads: M of [tokens], of the log-sum-exp that the forward gave.
     source_grads: [tokens, d] each; priors are added to them, each None or [tokens, d] (it may be the gradient's own
     memory: accumulation). query_grad [M, d]; gain_grad as the gain. early_grads: those of the problem's early mix.
     With norm, grads is that of the normalised mix (of one query; the mix is computed again, and its norm written to normed
-    [tokens, d] where that is given), and if the norm has parameters, gradients of weight and bias are returned, [d] each in
-    the dtype of the statistics.
+    [tokens, d] where that is given), and the gradients of its weight and bias are written to norm_grads, [d] each or None.
     Raises: ValueError for a norm of several queries.
     """
-    if norm is not None and len(problem.query) > 1:
-        raise ValueError(f"the norm of a mix is that of one query, got {len(problem.query)} queries")
-    norm_grads = None
-    if norm is not None and problem.backward_tile(norm) is None:
-        grad, norm_grads = _before_norm(problem, grads[0], norm, normed)
-        grads = [grad]
-        norm = None
-    groups = chunks(len(problem.query), configs.backward_queries(problem.width))
+    if norm is not None and problem.queries > 1:
+        raise ValueError(f"the norm of a mix is that of one query, got {problem.queries} queries")
+    if norm is not None and _again(problem, norm) is None and problem.backward_tile(norm) is None:
+        grads = [_before_norm(problem, grads[0], norm, normed, norm_grads)]
+        norm, norm_grads = None, (None, None)
+    groups = chunks(problem.queries, configs.backward_queries(problem.width))
     priors = [None] * len(source_grads) if priors is None else list(priors)
     # Several groups add up in the dtype of the statistics, so that every gradient is rounded once.
     wide = [problem.empty(*g.shape) for g in source_grads] if len(groups) > 1 else list(source_grads)
@@ -161,8 +163,7 @@ def backward(
     for group in groups:
         own = problem.of_queries(group)
         incoming = tuple(grads[group]), None if lse_grads is None else tuple(lse_grads[group])
-        partial, own_norm_grads = _backward_group(own, incoming, wide, priors, early_grads, norm, normed)
-        norm_grads = norm_grads or own_norm_grads
+        partial, norm_partial = _backward_group(own, incoming, wide, priors, early_grads, norm, normed)
         if gain_grad is None:
             own_gain_grad = None
         elif gain_grad.ndim == 2:
@@ -170,20 +171,27 @@ def backward(
         else:
             own_gain_grad = gain_grad if len(groups) == 1 else problem.empty(problem.width)
             gain_parts.append(own_gain_grad)
-        _reduce(own, partial, query_grad[group], own_gain_grad)
+        _reduce(own, partial, query_grad[group], own_gain_grad, norm_partial, norm_grads)
         priors = list(wide)
     if len(groups) > 1:
         for target, total in zip(source_grads, wide, strict=True):
             target.copy_(total)
         if gain_grad is not None and gain_parts:
             gain_grad.copy_(torch.stack(gain_parts).sum(0))
-    return norm_grads
+
+
+def _again(problem: Problem, norm: Norm | None) -> configs.Plan | None:
+    """The plan of ``mix_backward_again``, where that is what runs: it was measured, or the rows do not fit."""
+    shape = problem.shape("backward", norm is not None)
+    if configs.measured(shape) is None and problem.backward_tile(norm) is not None:
+        return None
+    return configs.again_plan(shape)
 
 
 def _before_norm(
-    problem: Problem, grad: Tensor, norm: Norm, normed: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The gradient of the mix, which is computed again, from that of its norm; and those of the norm's weight and bias."""
+    problem: Problem, grad: Tensor, norm: Norm, normed: Tensor | None, norm_grads: NormGrads
+) -> Tensor:
+    """The gradient of the mix, which is computed again, from that of its norm; those of weight and bias are written."""
     mixed = problem.empty(problem.tokens, problem.width)
     forward(problem, [mixed])
     tile = configs.norm_tile(problem.width, warp_size(mixed.device))
@@ -193,7 +201,11 @@ def _before_norm(
         grad, problem.stride(grad), mixed, norm.weight, norm.bias, normed, norm_partial, problem.tokens, D=problem.width,
         BLOCK_D=tile.block_d, BLOCK_T=tile.block_t, ALIGN=problem.align, **_norm_constants(norm),
         ACC=ACCUMULATE[problem.accumulate], **launch_options(tile, mixed.device))
-    return mixed, _norm_grads(norm_partial)
+    if norm_partial is not None:
+        for target, total in zip(norm_grads, norm_partial.sum(0).unbind(0)):
+            if target is not None:
+                target.copy_(total)
+    return mixed
 
 
 def _norm_constants(norm: Norm | None) -> dict[str, Any]:
@@ -210,27 +222,22 @@ def _norm_partial(problem: Problem, norm: Norm | None, programs: int) -> Tensor 
     return problem.empty(programs, 2, problem.width)
 
 
-def _norm_grads(partial: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """The gradients of weight and bias from the sums of all programs."""
-    if partial is None:
-        return None
-    weight_grad, bias_grad = partial.sum(0).unbind(0)
-    return weight_grad, bias_grad
-
-
 def _backward_group(
     problem: Problem, incoming: Incoming, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None],
     early_grads: Early | None, norm: Norm | None, normed: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Write the gradients of the sources; return the partial rows [programs, 2, M, d] of the parameters' gradients, and
-    the gradients of the norm's parameters.
+    those of the norm's parameters, [programs, 2, d] or None.
     """
     grads, lse_grads = incoming
+    plan = _again(problem, norm)
+    if plan is not None:
+        return _backward_again(problem, plan, grads[0], source_grads, priors, norm, normed)
     tile = problem.backward_tile(norm)
     if tile is None:
         return _backward_split(problem, incoming, source_grads, priors, early_grads), None
     programs = configs.programs(problem.tokens, tile)
-    partial = problem.empty(programs, 2, len(problem.query), problem.width)
+    partial = problem.empty(programs, 2, problem.queries, problem.width)
     norm_partial = _norm_partial(problem, norm, programs)
     registers = configs.backward_registers(tile, problem.width, len(problem.sources), problem.options.normalize_values,
                                            problem.element, grads[0].element_size())
@@ -241,7 +248,27 @@ def _backward_group(
         norm.weight if norm else None, norm.bias if norm else None, normed if norm else None, norm_partial, problem.tokens,
         **problem.constants(tile, registers),
         EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale, **_norm_constants(norm))
-    return partial, _norm_grads(norm_partial)
+    return partial, norm_partial
+
+
+def _backward_again(
+    problem: Problem, plan: configs.Plan, grad: Tensor, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None],
+    norm: Norm | None, normed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for one query by a kernel that reads the rows of a token again from the cache."""
+    programs = programs_of(problem.tokens, plan, grad.device)
+    partial = problem.empty(programs, 2, 1, problem.width)
+    norm_partial = _norm_partial(problem, norm, programs)
+    constants = problem.constants(plan.tile, plan.registers)
+    for name in ("M", "GAIN_PER_QUERY", "NORMALIZE"):
+        del constants[name]
+    mix_backward_again[(programs,)](
+        grad, problem.stride(grad), tuple(problem.sources), problem.strides(problem.sources), problem.query, problem.gain,
+        tuple(source_grads), tuple(priors), partial, norm.weight if norm else None, norm.bias if norm else None,
+        normed if norm else None, norm_partial, problem.tokens, **constants, EPS=problem.options.eps,
+        LOGIT_SCALE=problem.options.logit_scale, **_norm_constants(norm), GROUP=plan.group, TOGETHER=plan.together,
+        STAGES=plan.stages)
+    return partial, norm_partial
 
 
 def _backward_split(
@@ -253,7 +280,7 @@ def _backward_split(
     An early mix is read by the first launch of each sweep. It is the last entry of the scalars: of scale one, no score.
     """
     grads, lse_grads = incoming
-    count, queries, tokens, options = len(problem.sources), len(problem.query), problem.tokens, problem.options
+    count, queries, tokens, options = len(problem.sources), problem.queries, problem.tokens, problem.options
     tile = configs.split_tile(problem.width, queries, warp_size(problem.query.device))
     entries = count if problem.early is None else count + 1
     scales = problem.empty(entries, tokens)
@@ -300,11 +327,15 @@ def _backward_split(
     return partial
 
 
-def _reduce(problem: Problem, partial: Tensor, query_grad: Tensor, gain_grad: Tensor | None) -> None:
-    """Add up the partial rows and write the gradients of query and gain."""
+def _reduce(
+    problem: Problem, partial: Tensor, query_grad: Tensor, gain_grad: Tensor | None, norm_partial: Tensor | None,
+    norm_grads: NormGrads,
+) -> None:
+    """Add up the partial rows and write the gradients of query, gain, and the norm's weight and bias."""
     block = configs.REDUCE_COLUMNS
     kernels.reduce_parameter_grads[(math.ceil(problem.width / block),)](
-        partial, len(partial), problem.query, problem.gain, query_grad, gain_grad, D=problem.width, BLOCK_D=block,
-        BLOCK_P=configs.REDUCE_ROWS, M=len(problem.query),
+        partial, partial.shape[0], problem.query, problem.gain, query_grad, gain_grad, norm_partial, *norm_grads,
+        D=problem.width, BLOCK_D=block,
+        BLOCK_P=configs.REDUCE_ROWS, M=problem.queries,
         GAIN_PER_QUERY=problem.gain is not None and problem.gain.ndim == 2, VALUE_GAIN=problem.value_gain,
         ACC=ACCUMULATE[problem.accumulate], num_warps=configs.REDUCE_WARPS)

@@ -21,11 +21,13 @@ def store_partial(partial, kind, m, M: tl.constexpr, columns, D: tl.constexpr, t
 
 
 @triton.jit
-def norm_sums_zero(norm_partial, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr):
-    """What a program adds up for gain and bias of the consumer's norm; nothing where none is wanted."""
+def norm_sums_zero(norm_partial, norm_bias, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr):
+    """What a program adds up for gain and, if there is one, bias of the consumer's norm; nothing where none is wanted."""
     sums = ()
     if norm_partial is not None:
-        sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC), tl.zeros([BLOCK_T, BLOCK_D], ACC))
+        sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
+        if norm_bias is not None:
+            sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
     return sums
 
 
@@ -53,8 +55,10 @@ def norm_rows_grad(
     if norm_out is not None:
         normed = affine_rows(standard, norm_gain, norm_bias, columns, D, ACC)
         store_tile(norm_out + rows[:, None] * D + columns[None, :], normed, rows, columns, tokens, D)
-    if len(norm_sums) > 0:
+    if len(norm_sums) > 1:
         norm_sums = (norm_sums[0] + grad * standard, norm_sums[1] + grad)
+    elif len(norm_sums) > 0:
+        norm_sums = (norm_sums[0] + grad * standard,)
     if norm_gain is not None:
         grad = grad * load_vector(norm_gain, 0, columns, D, ACC)[None, :]
     result = grad - standard * (tl.sum(grad * standard, 1) / D)[:, None]
@@ -68,7 +72,8 @@ def store_norm_sums(norm_partial, columns, D: tl.constexpr, norm_sums):
     """One program's sums for gain and bias of the norm: norm_partial is [programs, 2, d], contiguous, or None."""
     if norm_partial is not None:
         store_partial(norm_partial, 0, 0, 1, columns, D, norm_sums[0])
-        store_partial(norm_partial, 1, 0, 1, columns, D, norm_sums[1])
+        if len(norm_sums) > 1:
+            store_partial(norm_partial, 1, 0, 1, columns, D, norm_sums[1])
 
 
 @triton.jit
@@ -95,7 +100,7 @@ def norm_backward(
     in ``mix_backward``.
     """
     columns = tl.arange(0, BLOCK_D)
-    norm_sums = norm_sums_zero(norm_partial, BLOCK_D, BLOCK_T, ACC)
+    norm_sums = norm_sums_zero(norm_partial, norm_bias, BLOCK_D, BLOCK_T, ACC)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
         rows, columns = tile_of(tile, BLOCK_D, BLOCK_T)
         places = rows[:, None] * D + columns[None, :]

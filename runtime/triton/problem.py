@@ -6,6 +6,7 @@ Importing this module imports triton.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ class Options:
 
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., d] as [tokens, d] with unit stride along d: a view where strides allow it, else a copy."""
+    if tensor.ndim == 2 and tensor.stride(1) == 1:
+        return tensor
     width = tensor.shape[-1]
     flat = tensor.reshape(-1, width)
     return flat if width == 1 or flat.stride(-1) == 1 else flat.contiguous()
@@ -67,6 +70,23 @@ def launch_options(tile: configs.Tile, device: torch.device, registers: int | No
     if device.type == "cuda" and torch.version.hip is None:
         options["maxnreg"] = configs.most_registers(tile) if registers is None else registers
     return options
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has; a few in the interpreter."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of NVIDIA's device, or None."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+def programs_of(tokens: int, plan: configs.Plan, device: torch.device) -> int:
+    """How many programs stay and walk over the tokens. Each may leave a partial row."""
+    return min(configs.programs(tokens, plan.tile), processors(device) * plan.resident)
 
 
 def row_stride(rows: Tensor) -> int:
@@ -136,6 +156,10 @@ class Problem:
         return self.sources[0].shape[1]
 
     @property
+    def queries(self) -> int:
+        return self.query.shape[0]
+
+    @property
     def element(self) -> int:
         """Bytes of an element of the widest source."""
         return max(rows.element_size() for rows in self.sources)
@@ -170,14 +194,21 @@ class Problem:
     def constants(self, tile: configs.Tile, registers: int | None = None) -> dict[str, Any]:
         """The compile-time arguments that all kernels over rows share, and their launch's, as ``launch_options``."""
         return {
-            "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t, "M": len(self.query), "ALIGN": self.align,
+            "D": self.width, "BLOCK_D": tile.block_d, "BLOCK_T": tile.block_t, "M": self.queries, "ALIGN": self.align,
             "GAIN_PER_QUERY": self.gain is not None and self.gain.ndim == 2,
             "OUTPUT_FACTOR": self.options.output_factor, "NORMALIZE": self.options.normalize_values,
             "ACC": ACCUMULATE[self.accumulate], **launch_options(tile, self.query.device, registers)}
 
+    def shape(self, kind: str, norm: bool) -> configs.Shape:
+        """What a plan for one of the kernels is chosen by."""
+        device = self.query.device
+        plain = self.phase is None and not self.options.normalize_values
+        return configs.Shape(kind, self.width, len(self.sources), self.tokens, self.element, self.queries, norm, plain,
+                             warp_size(device), capability(device))
+
     def backward_tile(self, norm: Norm | None) -> configs.Tile | None:
         """The tile of ``mix_backward``, or None where the rows do not fit."""
-        return configs.backward_tile(self.width, len(self.sources), len(self.query), warp_size(self.query.device),
+        return configs.backward_tile(self.width, len(self.sources), self.queries, warp_size(self.query.device),
                                      norm is not None, self.phase, self.options.normalize_values)
 
     def empty(self, *shape: int) -> Tensor:

@@ -233,3 +233,36 @@ def test_fake_values_of_a_symbolically_traced_graph() -> None:
         assert str(first) != str(second)
     assert _compat.fake_mode_of(values.values()) is not None
 
+
+
+@pytest.mark.parametrize("missing", [
+    (), ("get_custom_graph_passes",), ("get_custom_graph_passes", "CustomInferenceAwareGraphPass")])
+def test_older_releases_run_both_passes(missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.13, 2.12 and 2.11 know custom passes. Here each is run by hand, as Inductor of that release would."""
+    from torch._inductor import custom_graph_pass
+
+    for name in missing:
+        monkeypatch.delattr(custom_graph_pass, name, raising=False)
+    known: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())
+    seen: list[Any] = []
+
+    class Theirs(custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            seen.append("theirs")
+
+        def uuid(self) -> str:
+            return "theirs"
+
+    def compile_fx(gm: fx.GraphModule, inputs: Any, config_patches: dict[str, Any], **told: Any) -> Any:
+        last = config_patches["post_grad_custom_post_pass"]
+        if told:
+            told["inner_compile"](gm, inputs, is_inference=True)
+        for each in last if isinstance(last, list) else [last]:
+            each(gm.graph, *((True,) if isinstance(each, known) else ()))
+            assert each.uuid() is not None
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", lambda *_, **__: None)
+    passes = _compat.GraphPasses("ours", lambda graph: None, call=lambda graph: seen.append("ours"))
+    _compat.run_inductor(fx.symbolic_trace(Small()), [], {"post_grad_custom_post_pass": Theirs()}, passes)
+    assert seen == ["ours", "theirs"]

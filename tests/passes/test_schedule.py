@@ -17,7 +17,7 @@ from attnres_fx.passes import schedule
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.vocabulary import is_mix
-from attnres_fx.runtime.mix import mix
+from attnres_fx.runtime.mix import MIX, mix
 from attnres_fx.runtime.phases import PHASE1, PHASE2
 
 
@@ -165,3 +165,20 @@ def test_compiled_models_are_scheduled(wished: str, grad: bool, monkeypatch: pyt
             for a, b in zip(ours, theirs, strict=True):
                 assert relative(a, b) < 1e-4
     assert count(seen[0])[1] > 0
+
+
+@pytest.mark.parametrize("training, grouped", [(False, True), (True, False)])
+def test_on_a_gpu_a_training_step_is_read_in_one_pass(training: bool, grouped: bool) -> None:
+    """By fakes: the backward of a phase 1 of several queries moves more there than it saves."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graph = fx.Graph()
+    rows, query = graph.placeholder("rows"), graph.placeholder("query")
+    with FakeTensorMode():
+        for node, shape in ((rows, (4096, 64)), (query, (64,))):
+            node.meta["val"] = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    made = graph.call_function(MIX, ([rows, rows], query, None))
+    made.meta["val"] = rows.meta["val"]
+    read = schedule._read(made)
+    assert read is not None
+    assert schedule._waits_for_memory([read], schedule.machine_of(read, training)) is grouped

@@ -34,16 +34,21 @@ def _seed() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["held", "norm first", "split"])
+@pytest.fixture(params=["held", "again", "norm first", "norm first, again", "split"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The three ways through the backward, whatever the table would choose."""
-    chosen, fits = configs.backward_tile, request.param
+    """All ways through the backward, whatever the table would choose."""
+    chosen, again, fits = configs.backward_tile, configs.again_plan, request.param
 
     def tile(width: int, count: int, queries: int, warp_size: int = 32, norm: bool = False,
              phase: int | None = None, normalize: bool = False) -> configs.Tile | None:
-        return None if fits == "split" or (norm and fits == "norm first") else chosen(width, count, queries, phase=None)
+        held = fits != "split" and "again" not in fits and not (norm and "first" in fits)
+        return chosen(width, count, queries, phase=None) if held else None
+
+    def plan(shape: configs.Shape) -> configs.Plan | None:
+        return again(shape) if "again" in fits and not (shape.norm and "first" in fits) else None
 
     monkeypatch.setattr(configs, "backward_tile", tile)
+    monkeypatch.setattr(configs, "again_plan", plan)
 
 
 def normal(*shape: int, dtype: torch.dtype = DOUBLE) -> Tensor:
@@ -265,4 +270,6 @@ def test_the_cost_model_is_what_the_kernels_move(
 
     few, many = moved(1), moved(2)
     assert few[0] == costs.forward(mix)
-    assert [more + less * -1 for more, less in zip(many, few)] == [costs.forward(mix), costs.backward(mix)]
+    wanted = costs.backward(mix)
+    assert [more + less * -1 for more, less in zip(many, few)] == [
+        costs.forward(mix), costs.Traffic(wanted.loaded, wanted.written)]

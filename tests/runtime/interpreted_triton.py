@@ -22,7 +22,7 @@ from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, reference
 from attnres_fx.runtime.mix import MIX_TRITON
 from attnres_fx.runtime.norm import Norm
-from attnres_fx.runtime.triton import configs, fused, launch, phases
+from attnres_fx.runtime.triton import again, configs, forward, fused, launch, phases
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
 FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]
@@ -36,11 +36,13 @@ def _seed() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["held", "split"])
+@pytest.fixture(params=["held", "again", "split"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways through the backward, whatever the table would choose."""
-    if request.param == "split":
+    """All ways through the backward, whatever the table would choose."""
+    if request.param != "held":
         monkeypatch.setattr(configs, "backward_tile", lambda *_, **__: None)
+    if request.param == "split":
+        monkeypatch.setattr(configs, "again_plan", lambda _: None)
 
 
 def make(
@@ -219,6 +221,21 @@ def test_the_operator() -> None:
     torch.testing.assert_close(grads, wanted)
 
 
+PLANS = (configs.Plan(configs.Tile(16, 2, 1), 3, 1), configs.Plan(configs.Tile(16, 1, 1), 9, 8, 1),
+         configs.Plan(configs.Tile(16, 4, 1), 2, 4, 2), configs.Plan(configs.Tile(16, 1, 1), 4, 2, 1, 2))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_plans_that_are_measured(plan: configs.Plan, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table may hold: programs that stay, sums taken together. What only NVIDIA's devices know does nothing."""
+    monkeypatch.setattr(forward, "settle", lambda tile: tile)
+    for module in (forward, again):
+        monkeypatch.setattr(module, "prefetch_rows", lambda *_: None)
+    monkeypatch.setattr(configs, "measured", lambda _: plan)
+    check(*make(count, (11, 12), torch.float32, gain="same"), FAMILY[1], again=True)
+
+
 # Traffic
 
 
@@ -322,10 +339,10 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
     problem = launch.Problem.of([*sources[:-1], partial], query, gain, launch.Options(*DEFAULTS))
     grads = [torch.empty_like(t) for t in leaves[:4]]
     query_grad, gain_grad = torch.empty(1, 20, dtype=torch.float64), torch.empty(20, dtype=torch.float64)
-    of_norm = launch.backward(problem, [cotangent], grads, query_grad, gain_grad,
-                              priors=[None, None, None, of_partial], norm=norm)
-    assert of_norm is not None
-    got = [*grads, query_grad[0], gain_grad, of_norm[0], *(of_norm[1:] if kind == "layer" else ())]
+    of_weight, of_bias = torch.empty(2, 20, dtype=torch.float64).unbind(0)
+    launch.backward(problem, [cotangent], grads, query_grad, gain_grad, priors=[None, None, None, of_partial], norm=norm,
+                    norm_grads=(of_weight, of_bias if kind == "layer" else None))
+    got = [*grads, query_grad[0], gain_grad, of_weight, *([of_bias] if kind == "layer" else ())]
     for value, leaf in zip(got, leaves, strict=kind == "layer"):
         torch.testing.assert_close(value, leaf.grad, rtol=1e-12, atol=1e-12)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import pytest
 import torch
 from torch.autograd import forward_ad
 
@@ -54,3 +57,12 @@ def test_sharers_of_memory_are_seen() -> None:
 def test_the_cpu_has_one_stream_and_captures_nothing() -> None:
     assert _compat.stream_id(torch.device("cpu")) == 0
     assert not _compat.is_capturing(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("version, said", [
+    ("2.11.0+cu130", False), ("2.15.3", False), ("2.10.1", True), ("2.16.0a0+git1", True), ("3.0", True), ("main", True)])
+def test_a_release_that_was_not_tested_is_named(version: str, said: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _compat.warn_of_untested(version)
+    assert [version in str(each.message) for each in caught] == [True] * said

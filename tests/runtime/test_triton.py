@@ -136,7 +136,8 @@ def test_the_table_of_binaries(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["kernels", "--target", "cuda:90", "--width", "1024", "--brief", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} == {
-        "mix_forward", "mix_backward", "norm_backward", "mix_scores", "mix_source_grads", "reduce_parameter_grads"}
+        "mix_forward", "mix_backward", "mix_backward_again", "norm_backward", "mix_scores", "mix_source_grads",
+        "reduce_parameter_grads"}
     for row in rows:
         assert {"name", "config", "registers", "spills", "shared_bytes", "load_bytes"} <= set(row)
         _check(row)
@@ -145,9 +146,11 @@ def test_the_table_of_binaries(capsys: pytest.CaptureFixture[str]) -> None:
 @COMPILED
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
 def test_a_binary_of_the_other_targets(target: str) -> None:
-    from attnres_fx.runtime.triton import aot, backward, cases
+    from attnres_fx.runtime.triton import again, aot, backward, cases
 
     _check(aot.compile_case(cases.Case("mix_backward", backward.mix_backward, 1024, 9), target).to_dict())
+    if target.startswith("cuda"):
+        _check(aot.compile_case(cases.Case("mix_backward_again", again.mix_backward_again, 4096, 9), target).to_dict())
 
 
 @COMPILED
@@ -170,7 +173,7 @@ def test_a_binary_of_the_phases_and_of_norms(phase: str, kernel: str, count: int
 def test_every_binary(target: str) -> None:
     from attnres_fx.runtime.triton import aot, cases
 
-    for case in cases.cases():
+    for case in cases.cases(aot.parse_target(target).warp_size):
         _check(aot.compile_case(case, target).to_dict())
 
 

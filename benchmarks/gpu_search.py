@@ -1,0 +1,263 @@
+"""Of ``gpu.py``: the fastest way of every kernel over rows, as lines of the table of ``runtime/triton/configs.py``.
+
+Candidates are compiled by processes of their own, before they are timed here; each is held to float64 before it counts. What
+was found fastest serves the sections that come after this one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu_tools import Bench, copy_speed, microseconds, problem, relative, sets_of
+from gpu_values import OPTIONS, mix64, norm64
+from torch import Tensor
+
+from attnres_fx.runtime.triton import configs
+from attnres_fx.runtime.triton.configs import Plan, Tile
+
+LIMIT = 1e-2  # of bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one shape. kind: as in the table, "forward", "backward", or with " norm": addition and norm within."""
+
+    kind: str
+    count: int
+    tokens: int
+    width: int
+
+    @property
+    def norm(self) -> bool:
+        return self.kind.endswith("norm")
+
+    @property
+    def rows(self) -> int:
+        """Rows that have to be read or written for a token."""
+        forward = self.count + 1 + 2 * self.norm
+        return forward if self.kind.startswith("forward") else 2 * self.count + 1 + 2 * self.norm
+
+
+# The most telling first.
+CASES = (
+    Case("forward", 9, 8192, 7168), Case("backward", 9, 8192, 7168), Case("backward norm", 9, 4096, 2048),
+    Case("forward norm", 9, 4096, 2048), Case("forward", 5, 128, 7168), Case("backward", 5, 128, 7168),
+    Case("forward norm", 9, 1, 2048), Case("forward", 9, 8192, 2048), Case("backward", 9, 8192, 2048),
+    Case("forward", 5, 1024, 7168), Case("forward norm", 9, 8192, 1024), Case("backward norm", 9, 8192, 1024),
+    Case("backward norm", 9, 4096, 7168), Case("forward norm", 9, 4096, 7168), Case("forward", 9, 4096, 4096),
+    Case("backward", 9, 4096, 4096), Case("forward norm", 9, 4096, 4096), Case("backward norm", 9, 4096, 4096),
+    Case("forward", 9, 16384, 1024), Case("backward", 9, 16384, 1024), Case("forward", 9, 128, 7168))
+TINY = (Case("forward", 3, 4, 64), Case("backward norm", 3, 4, 64))
+
+
+# Elements of a row that a thread holds, sources at once, how far ahead; for rows of 7168, narrower ones, and few tokens.
+FORWARD = {
+    "wide": ((16, 3, 1), (16, 3, 2), (32, 5, 1), (32, 3, 2), (32, 3, 1), (16, 5, 0), (32, 5, 0), (16, 2, 0)),
+    "narrow": ((16, 3, 0), (16, 5, 0), (16, 9, 0), (8, 9, 0), (16, 3, 1), (16, 5, 1), (8, 5, 1), (8, 9, 1), (16, 3, 2),
+               (32, 3, 1)),
+    "few": ((16, 5, 0), (16, 9, 0), (8, 5, 0), (8, 9, 0), (16, 3, 0), (32, 5, 0), (4, 9, 0)),
+}
+# The same, and how many registers a thread may use.
+BACKWARD = {
+    "wide": ((32, 2, 1, 255), (16, 1, 1, 128), (32, 1, 1, 255), (16, 2, 1, 128), (32, 2, 0, 255), (16, 1, 0, 128)),
+    "narrow": ((16, 3, 1, 255), (16, 3, 1, 168), (16, 2, 1, 168), (16, 2, 1, 128), (8, 3, 1, 128), (8, 3, 1, 168),
+               (8, 2, 1, 128), (8, 4, 1, 168), (8, 2, 1, 80), (16, 3, 0, 168), (8, 3, 0, 128)),
+    "few": ((16, 1, 0, 128), (16, 2, 0, 128), (16, 3, 0, 128), (32, 2, 0, 255)),
+}
+
+
+def plans(case: Case, cuda: bool = True) -> list[Plan]:
+    """Candidates, the likeliest first, each once."""
+    return list(dict.fromkeys(_plans(case, cuda)))
+
+
+def _plans(case: Case, cuda: bool) -> Iterator[Plan]:
+    block = configs.next_power_of_two(case.width)
+    place = "few" if case.tokens <= 256 else "wide" if case.width > 4096 else "narrow"
+    forward = case.kind.startswith("forward")
+    for elements, group, stages, *rest in (FORWARD if forward else BACKWARD)[place]:
+        warps = max(1, block // (32 * elements))
+        if warps > 32:
+            continue
+        threads, registers = 32 * warps, rest[0] if rest else None
+        resident = max(1, min(16, 65536 // (threads * (registers or (255 if elements == 32 else 128)))))
+        if threads * (registers or 0) > 65536:
+            continue
+        wider = (resident, 2 * resident) if forward and stages == 1 and warps < 16 else (resident,)
+        for each in wider:
+            yield Plan(Tile(block, 1, warps), min(group, case.count), 8 if warps > 1 else 1, stages if cuda else 0, each,
+                       registers)
+
+
+def operator(case: Case, given: Sequence[Tensor]) -> Callable[[], Any]:
+    """A call of the kernels. given: the sources, query, gain and a gradient, which also serves as what is added."""
+    from attnres_fx.runtime.triton import fused, launch
+
+    *sources, query, gain, grad = given
+    rest = (None, None, gain, None, *OPTIONS, False, 1e-6)
+    if case.kind == "forward":
+        return lambda: [launch.mix(sources, query, gain, *OPTIONS)]
+    if case.kind == "backward":
+        return lambda: launch.mix_backward(grad, sources, query, gain, *OPTIONS)
+    if case.kind == "forward norm":
+        return lambda: fused.mix_norm(sources, query, gain, grad, *rest)
+    return lambda: fused.mix_norm_backward(grad, grad, sources, query, gain, *rest)
+
+
+def expected(case: Case, given: Sequence[Tensor]) -> list[Tensor]:
+    """The same in float64, some tokens at a time; rows rounded to float32 for the memory."""
+    *sources, query, gain, grad = given
+    rows: list[list[Tensor]] = []
+    totals: list[Tensor] = []
+    for start in range(0, case.tokens, 512):
+        part = [each[start:start + 512].double() for each in (*sources, grad)]
+        leaves = [each.clone().requires_grad_() for each in (*part[:-1], query.double(), gain.double(), gain.double())]
+        *own, q, g, weight = leaves
+        with torch.enable_grad():
+            if case.kind == "forward norm":
+                own = [*own[:-1], (own[-1] + part[-1]).to(sources[0].dtype).double()]
+            made = mix64(own, q, g)
+            made = norm64(made, weight, None) if case.norm else made
+            if case.kind.startswith("forward"):
+                found = [made.detach(), *([own[-1]] if case.norm else [])]
+                sums: list[Tensor] = []
+            else:
+                grads = list(torch.autograd.grad(made, [*own, q, g, weight][:len(own) + 2 + case.norm], part[-1]))
+                if case.norm:
+                    grads[len(own) - 1] += part[-1]
+                found = [*([made.detach()] if case.norm else []), *grads[:len(own)]]
+                sums = grads[len(own):]
+        rows.append([each.detach().float() for each in found])
+        totals = [one + other for one, other in zip(totals, sums)] if totals else sums
+    return [*(torch.cat(parts) for parts in zip(*rows)), *totals]
+
+
+class Compiling:
+    """A kernel that is compiled and not run."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return functools.partial(self.kernel.run, grid=grid, warmup=True)
+
+
+def compile_plan(case: Case, plan: Plan | None) -> str:
+    """In a process of its own: leave what a call needs in Triton's cache. What went wrong, or nothing."""
+    from attnres_fx.runtime.triton import launch
+
+    tokens = 1 if case.tokens == 1 else 16
+    rows = [torch.empty(tokens, case.width, dtype=torch.bfloat16, device="cuda") for _ in range(case.count + 1)]
+    given = [*rows[:-1], *(torch.empty(case.width, device="cuda") for _ in range(2)), rows[-1]]
+    names = ("forward_kernel", "mix_backward_again", "norm_backward")
+    kernels = {name: Compiling(getattr(launch, name)) for name in names}
+    others = {name: Compiling(getattr(launch.kernels, name)) for name in (
+        "mix_backward", "mix_scores", "mix_source_grads", "reduce_parameter_grads")}
+    try:
+        with mock.patch.object(configs, "measured", lambda _: plan), mock.patch.multiple(launch, **kernels), \
+                mock.patch.multiple(launch.kernels, **others), torch.no_grad():
+            operator(case, given)()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def search(bench: Bench) -> None:
+    """Time every candidate of every case, and print the fastest as a line of the table."""
+    speed = copy_speed(bench)
+    cases = CASES if bench.cuda else TINY
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        waiting = {case: [(plan, pool.submit(compile_plan, case, plan) if bench.cuda else None)
+                          for plan in (None, *plans(case, bench.cuda))] for case in cases}
+        for case in cases:
+            if bench.left() < 6:
+                bench.say("skipped", what=f"search {case}")
+                continue
+            with bench.guarded(f"search {case}"):
+                _search_case(bench, case, waiting[case], speed)
+            if bench.cuda:
+                torch.cuda.empty_cache()
+        for futures in waiting.values():
+            for _, future in futures:
+                if future is not None:
+                    future.cancel()
+
+
+def _search_case(bench: Bench, case: Case, candidates: Sequence[tuple[Plan | None, Any]], speed: float) -> None:
+    moved = case.rows * case.tokens * case.width * 2
+    sets = [problem(bench, case.count, case.tokens, case.width, torch.bfloat16, seed)
+            for seed in range(sets_of(bench, moved))]
+    want = expected(case, sets[0])
+    taken: dict[Plan | None, float] = {}
+    wrong = 0
+    # Where not even the kernel as it is can be compiled over there, candidates are compiled here.
+    trusted = bench.cuda and not _fault(candidates[0][1], 30)
+    for plan, future in candidates:
+        if bench.left() < 4:
+            break
+        fault = _fault(future, max(bench.left(), 1)) if trusted else ""
+        if fault:
+            bench.say("refused", case=f"{case.kind} {case.count} {case.tokens} {case.width}", plan=_words(plan), why=fault)
+            continue
+        try:
+            with mock.patch.object(configs, "measured", lambda _, plan=plan: plan), torch.no_grad():
+                errors = [relative(one, other) for one, other in zip(operator(case, sets[0])(), want, strict=True)]
+                if not max(errors) < LIMIT:
+                    wrong += 1
+                    bench.say("WRONG", case=str(case), plan=_words(plan), errors=[f"{error:.1e}" for error in errors],
+                              ok=False)
+                    continue
+                taken[plan], how = microseconds(bench, [operator(case, each) for each in sets], rounds=4)
+        except Exception as error:
+            bench.say("refused", case=f"{case.kind} {case.count} {case.tokens} {case.width}", plan=_words(plan),
+                      why=f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        bench.say("search", what=case.kind, sources=case.count, tokens=case.tokens, d=case.width, plan=_words(plan),
+                  us=round(taken[plan], 2), how=how, share_of_copy=round(moved / taken[plan] / 1e3 / speed, 3))
+    if not taken:
+        return
+    best = min(taken, key=lambda plan: taken[plan])
+    line = None if best is None else f'("{case.kind}", {case.width}, {case.count}, {case.tokens}, {_words(best)}),'
+    bench.say("best", what=case.kind, sources=case.count, tokens=case.tokens, d=case.width, us=round(taken[best], 2),
+              before=round(taken.get(None, float("nan")), 2), tried=len(taken), wrong=wrong,
+              share_of_copy=round(moved / taken[best] / 1e3 / speed, 3), line=line)
+    if best is not None and bench.cuda:
+        _adopt(case, best)
+
+
+def _fault(future: Any, seconds: float) -> str:
+    """Why a plan could not be compiled, once that is known; nothing if it could."""
+    try:
+        return str(future.result(timeout=seconds))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _words(plan: Plan | None) -> str:
+    """A plan as it stands in the table."""
+    if plan is None:
+        return "as before"
+    rest = f", {plan.registers}" if plan.registers else ""
+    tile = f"Tile({plan.tile.block_d}, {plan.tile.block_t}, {plan.tile.warps})"
+    return f"Plan({tile}, {plan.group}, {plan.together}, {plan.stages}, {plan.resident}{rest})"
+
+
+def _adopt(case: Case, best: Plan) -> None:
+    """Let the sections that follow use what was found: for as many tokens and fewer, and the last of a width for all."""
+    major = torch.cuda.get_device_capability()[0]
+    entries = [*configs.MEASURED.get(major, ()), (case.kind, case.width, case.count, case.tokens, best)]
+    entries.sort(key=lambda entry: (entry[3], entry[2]))
+    last = {(kind, width): tokens for kind, width, _, tokens, _ in entries}
+    configs.MEASURED[major] = tuple(
+        (kind, width, count, 1 << 40 if tokens == last[kind, width] else tokens, plan)
+        for kind, width, count, tokens, plan in entries)
