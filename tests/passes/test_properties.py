@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import reference
 import torch
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
-from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec
+from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec, normal_spec
 from torch import Tensor, fx
 
 import attnres_fx
@@ -40,20 +39,6 @@ SPECS = st.builds(
     turned_start=st.booleans(),
     checkpointed=st.sampled_from((False, False, True)),
 )
-
-
-def normal_spec(spec: Spec) -> Spec:
-    """Obstacle or injection, not both, stand between two layers; what comes from further back skips a layer at least."""
-    least = 3 if spec.obstacle == "long skip" else 1
-    if spec.obstacle is not None and len(spec.layers) > least:
-        return replace(spec, injection=None, obstacle_at=least + spec.obstacle_at % (len(spec.layers) - least))
-    least = 2 if spec.injection == "first" else 1
-    if spec.injection is not None and len(spec.layers) > least:
-        # What is added to matrices is added in a layout of its own, as "flat" does.
-        layers = tuple(replace(each, spelling="sum") if each.spelling == "addmm" else each for each in spec.layers)
-        return replace(spec, layers=layers, obstacle=None,
-                       injection_at=least + spec.injection_at % (len(spec.layers) - least))
-    return replace(spec, obstacle=None, injection=None)
 
 
 def queries(num_layers: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
