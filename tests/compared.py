@@ -64,17 +64,13 @@ def is_result(name: str) -> bool:
     return name.startswith("result ")
 
 
-def check_inference(fast: Any, slow: Any, args: Any, kwargs: Any, bound: float) -> None:
-    """Twice: the second call finds what the first left in the arena."""
-    expected = {f"result {index}": value for index, value in enumerate(inferred(slow, *args, **kwargs))}
-    for _ in range(2):
-        agree({f"result {index}": value for index, value in enumerate(inferred(fast, *args, **kwargs))}, expected, bound)
-
-
-def check_step(model: nn.Module, fast: Any, slow: Any, args: Any, kwargs: Any, bound: float) -> dict[str, Tensor]:
-    """A training step: results and all gradients: of the model, the queries and the gains. Returns those expected."""
+def check_both(model: nn.Module, inference: Any, training: Any, slow: Any, args: Any, kwargs: Any, bound: float) -> None:
+    """Inference and a training step, with all gradients (the model's, of queries and gains), against a step of ``slow``."""
     expected = trained(model, slow, *args, **kwargs)
-    agree(trained(model, fast, *args, **kwargs), expected, bound)
     queries = [value for name, value in expected.items() if name.endswith(".query")]
     assert queries and all(value[1:].abs().sum() > 0 for value in queries)
-    return expected
+    results = {name: value for name, value in expected.items() if is_result(name)}
+    for _ in range(2):  # the second call finds what the first left in the arena
+        ours = inferred(inference, *args, **kwargs)
+        agree({f"result {index}": value for index, value in enumerate(ours)}, results, bound)
+    agree(trained(model, training, *args, **kwargs), expected, bound)

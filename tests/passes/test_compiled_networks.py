@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from compared import REFERENCE, check_inference, check_step, disturbed
+from compared import REFERENCE, check_both, disturbed
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, SPELLINGS, LayerSpec, Network, Spec, normal_spec
@@ -77,8 +77,7 @@ def check_compiled(spec: Spec, options: dict[str, Any]) -> None:
     network, ids, bound = prepared(spec)
     fast = torch.compile(network, backend="attnres", fullgraph=True, options=options)
     slow = torch.compile(network, backend="attnres", fullgraph=True, options=REFERENCE)
-    check_inference(fast, slow, (ids,), {}, bound)
-    check_step(network, fast, slow, (ids,), {}, bound)
+    check_both(network, fast, fast, slow, (ids,), {}, bound)
 
 
 def check_backend(spec: Spec, options: dict[str, Any]) -> None:
@@ -90,8 +89,7 @@ def check_backend(spec: Spec, options: dict[str, Any]) -> None:
     with torch.no_grad():
         inference = attnres(graph, inputs, options=options)
     training, slow = (attnres(graph, inputs, options=each) for each in (options, REFERENCE))
-    check_inference(inference, slow, inputs, {}, bound)
-    check_step(network, training, slow, inputs, {}, bound)
+    check_both(network, inference, training, slow, inputs, {}, bound)
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from compared import REFERENCE, check_inference, check_step, disturbed
+from compared import REFERENCE, check_both, disturbed
 from zoo_cases import ZOO, ZooCase
 
 import attnres_fx
@@ -165,5 +165,4 @@ def test_compiled(name: str, num_blocks: int) -> None:
     # Whole, as it was converted: where a model indexes by a mask, a compilation in parts would break there.
     fast = torch.compile(model, backend="attnres", fullgraph=True)
     slow = torch.compile(model, backend="attnres", fullgraph=True, options=REFERENCE)
-    check_inference(fast, slow, args, kwargs, bound=1e-4)
-    check_step(model, fast, slow, args, kwargs, bound=1e-4)
+    check_both(model, fast, fast, slow, args, kwargs, bound=1e-4)
