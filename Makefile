@@ -3,13 +3,15 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Processes that share the default tests; each computes with one thread.
+# Processes that share the tests of a suite; each computes with one thread. Neighbours share what is compiled, so a process
+# takes a run of them and gives from its end to one that is done.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # Threads that wait must not spin: where other programs share the cores, spinning costs more than the work (10 x, seen).
 export OMP_WAIT_POLICY ?= PASSIVE
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+SHARED = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 # Another pyproject.toml or constraints.txt is another stamp, so that a changed pin installs and nothing else does.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
@@ -23,19 +25,19 @@ demo: $(STAMP)
 	$(RUN) examples/demo.py $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	$(SHARED) $(ARGS)
 
 test-slow: $(STAMP)
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(SHARED) -m slow $(ARGS)
 
 test-zoo: $(STAMP)
-	$(RUN) -m pytest -m zoo -s tests/zoo $(ARGS)
+	$(SHARED) -m zoo tests/zoo $(ARGS)
 
 test-binaries: $(STAMP)
 	$(RUN) -m pytest -m binaries tests/runtime $(ARGS)
 
 support: $(STAMP)
-	$(RUN) -m pytest -m zoo tests/zoo --support-table README.md $(ARGS)
+	$(RUN) -m pytest -m zoo -s -k "not compiled" tests/zoo --support-table README.md $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -6,7 +6,7 @@ of its input, so that the network can be run as an Attention-Residuals network b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import fused
 import torch
@@ -20,7 +20,8 @@ SPELLINGS = ("x + f", "f + x", "torch.add", "alpha", "iadd", "add_", "addcmul", 
 # What a branch does. "plain" reads the stream raw; "mixer" has no contraction.
 BRANCHES = ("pre", "plain", "rms", "hand_rms", "sandwich", "parallel_left", "parallel_right", "parallel_inner", "dropout",
             "layer_scale", "rezero", "constant", "mixer", "nested", "broadcast", "half", "shared", "flat", "permuted",
-            "attention", "fan_out", "in_place", "turned", "turned_bare", "sliced", "padded", "channels", "flipped")
+            "attention", "fan_out", "in_place", "turned", "turned_bare", "sliced", "padded", "channels", "channels_last",
+            "flipped", "multiplied", "divided", "true_divided")
 # How features are added to the stream in front of a layer: whole, by rows, by a mask, in place, or the first value again.
 INJECTIONS = ("sum", "row", "masked", "written", "index_add", "first")
 # What may stand on the stream and forbid a rewrite, with the error class that names it.
@@ -66,6 +67,20 @@ class Spec:
         return self.obstacle is not None
 
 
+def normal_spec(spec: Spec) -> Spec:
+    """Obstacle or injection, not both, stand between two layers; what comes from further back skips a layer at least."""
+    least = 3 if spec.obstacle == "long skip" else 1
+    if spec.obstacle is not None and len(spec.layers) > least:
+        return replace(spec, injection=None, obstacle_at=least + spec.obstacle_at % (len(spec.layers) - least))
+    least = 2 if spec.injection == "first" else 1
+    if spec.injection is not None and len(spec.layers) > least:
+        # What is added to matrices is added in a layout of its own, as "flat" does.
+        layers = tuple(replace(each, spelling="sum") if each.spelling == "addmm" else each for each in spec.layers)
+        return replace(spec, layers=layers, obstacle=None,
+                       injection_at=least + spec.injection_at % (len(spec.layers) - least))
+    return replace(spec, obstacle=None, injection=None)
+
+
 class HandRMSNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -89,7 +104,7 @@ class Layer(nn.Module):
         self.shared = shared if spec.branch == "shared" else None
         self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.wide, self.pointwise = nn.Linear(width, width + 4), nn.Conv1d(width, width, 1)
-        self.bare = nn.Linear(width, width, bias=False)
+        self.bare, self.picture = nn.Linear(width, width, bias=False), nn.Conv2d(width, width, 1)
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The outputs that are added to the stream, as functions of the layer's input."""
@@ -122,6 +137,9 @@ class Layer(nn.Module):
                 return [F.pad(self.other(h), (0, 3))[..., :-3]]
             case "channels":
                 return [self.pointwise(h.transpose(-1, -2)).transpose(-1, -2)]
+            case "channels_last":
+                pictures = h.transpose(-1, -2).unsqueeze(-1).contiguous(memory_format=torch.channels_last)
+                return [self.picture(pictures).squeeze(-1).transpose(-1, -2)]
             case "flipped":
                 return [self.other(h) + 0.3 * torch.tanh(h.flip(1))]
         f = self.down(F.gelu(self.up(h), approximate="tanh"))
@@ -135,6 +153,12 @@ class Layer(nn.Module):
             f = self.alpha * f
         elif kind == "constant":
             f = 0.5 * f
+        elif kind == "multiplied":
+            f = torch.multiply(f, 0.5)
+        elif kind == "divided":
+            f = torch.divide(f, 2.5)
+        elif kind == "true_divided":
+            f = torch.true_divide(self.scale * f, 1.5)
         elif kind == "in_place":
             f.mul_(3)  # nobody reads the result of the call, everybody its target
         elif kind == "broadcast":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,18 +9,15 @@ import reference
 import torch
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
-from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec
-from torch import Tensor, fx
+from network_graphs import queries, rewritten
+from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec, normal_spec
+from torch import Tensor
 
 import attnres_fx
-from attnres_fx.passes._compat import fake_mode_of
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
-from attnres_fx.passes.graph import value_of
 from attnres_fx.passes.lower import prepare
 from attnres_fx.passes.partition import partition
-from attnres_fx.passes.plan import StreamPlan, relative_sites
-from attnres_fx.passes.rewrite import Assignment, rewrite
 from attnres_fx.passes.streams import Stream
 
 LAYERS = st.builds(LayerSpec, st.sampled_from(BRANCHES), st.sampled_from(SPELLINGS))
@@ -40,41 +36,6 @@ SPECS = st.builds(
     turned_start=st.booleans(),
     checkpointed=st.sampled_from((False, False, True)),
 )
-
-
-def normal_spec(spec: Spec) -> Spec:
-    """Obstacle or injection, not both, stand between two layers; what comes from further back skips a layer at least."""
-    least = 3 if spec.obstacle == "long skip" else 1
-    if spec.obstacle is not None and len(spec.layers) > least:
-        return replace(spec, injection=None, obstacle_at=least + spec.obstacle_at % (len(spec.layers) - least))
-    least = 2 if spec.injection == "first" else 1
-    if spec.injection is not None and len(spec.layers) > least:
-        # What is added to matrices is added in a layout of its own, as "flat" does.
-        layers = tuple(replace(each, spelling="sum") if each.spelling == "addmm" else each for each in spec.layers)
-        return replace(spec, layers=layers, obstacle=None,
-                       injection_at=least + spec.injection_at % (len(spec.layers) - least))
-    return replace(spec, obstacle=None, injection=None)
-
-
-def queries(num_layers: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_layers + 1, width)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64),
-            1 + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64))
-
-
-def rewritten(gm: fx.GraphModule, stream: Stream, boundaries: tuple[int, ...], mix_scale: str) -> fx.GraphModule:
-    """``gm`` with two more inputs in front, the queries and the gains."""
-    width = stream.width
-    sites = relative_sites(stream, "")
-    plan = StreamPlan("stream", "", stream.num_layers, width, boundaries, sites, 1e-6, mix_scale, True)
-    first = next(iter(gm.graph.nodes))
-    with gm.graph.inserting_before(first):
-        query, gain = gm.graph.placeholder("query"), gm.graph.placeholder("gain")
-    mode = fake_mode_of([value_of(stream.layers[0].node)])
-    for node in (query, gain):
-        node.meta["example_value"] = mode.from_tensor(torch.empty(stream.num_layers + 1, width, dtype=torch.float64))
-    return rewrite(gm, [Assignment(stream, plan, query, gain)])
 
 
 def by_definition(
