@@ -128,9 +128,22 @@ def test_all_kinds_are_drawn() -> None:
     assert sum(spec.checkpointed for spec in drawn) > 50 < sum(spec.turned_start for spec in drawn)
 
 
-@pytest.mark.parametrize("shard", range(2))
-def test_random_networks_through_inductor(shard: int) -> None:
-    run_random(check_compiled, by_inductor, 10, 100 + shard)
+def test_wrong_gradients_are_seen() -> None:
+    """Values that are right, with gradients twice as large."""
+    network, ids, bound = converted(draw(Random("0 0")))
+    graph, inputs = capture(network, (ids,), {})
+    right = attnres(graph, inputs, options=REFERENCE)
+
+    def wrong(*given: Any) -> list[Tensor]:
+        return [2 * part - part.detach() for part in right(*given)]
+
+    with pytest.raises(AssertionError, match="key_gain deviates"):
+        check_both(network, right, wrong, right, inputs, {}, bound)
+
+
+@pytest.mark.parametrize("check", [check_compiled, check_backend])
+def test_random_networks_through_inductor(check: Check) -> None:
+    run_random(check, by_inductor, 10, 100 + (check is check_backend))
 
 
 @pytest.mark.slow
