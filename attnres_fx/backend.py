@@ -34,9 +34,10 @@ from attnres_fx.passes.recognize import Recognized, recognize
 from attnres_fx.passes.reread import reread_norms
 from attnres_fx.passes.schedule import schedule_mixes
 from attnres_fx.passes.select import select_kernels
+from attnres_fx.passes.transforms import refusal_of_transform
 from attnres_fx.reduction import hold_to_reduction, stream_inputs
 from attnres_fx.runtime.arena import ArenaPool
-from attnres_fx.runtime.errors import OptionError
+from attnres_fx.runtime.errors import AttnResError, OptionError
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +59,13 @@ def attnres(
     """
     chosen = Options.from_arguments(mode, options)
     if markers_of(gm):
-        rewritten, plans = lower_marked(gm)
-        for plan in plans:
-            _check_fixed(plan, chosen)
-        _record(rewritten, plans)
-        return hold_to_reduction(compile_downstream(rewritten, example_inputs, chosen), stream_inputs(gm))
+        try:
+            return _compile_marked(gm, example_inputs, chosen)
+        except Exception as error:
+            refusal = None if isinstance(error, AttnResError) else refusal_of_transform(gm.graph)
+            if refusal is None:
+                raise
+            raise refusal from error
     working = prepare(gm)
     mixes = recognize(working)
     if mixes:
@@ -70,6 +73,14 @@ def attnres(
         return compile_downstream(working, example_inputs, chosen)
     convert_while_compiling(gm, working, chosen)
     return compile_downstream(gm, example_inputs, chosen)
+
+
+def _compile_marked(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    rewritten, plans = lower_marked(gm)
+    for plan in plans:
+        _check_fixed(plan, options)
+    _record(rewritten, plans)
+    return hold_to_reduction(compile_downstream(rewritten, inputs, options), stream_inputs(gm))
 
 
 def compile_downstream(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ from attnres_fx.passes.capture import translate
 from attnres_fx.passes.inline import holds_checkpoint
 from attnres_fx.passes.lower import lower_marked, markers_of
 from attnres_fx.reduction import hold_to_reduction, stream_inputs
-from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, SitesChangedError
+from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, PlainPathError, SitesChangedError
 from attnres_fx.runtime.marker import ENTER
 from attnres_fx.runtime.parameters import stream_parameters
 
@@ -103,6 +103,9 @@ def _made_runner(base: type[nn.Module]) -> Callable[..., Any]:
 def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for name, plan in module.__dict__[STREAMS].items():  # what cannot be read raises here, and not within the tracer
         stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
+    if torch.jit.is_tracing():
+        raise PlainPathError("torch.jit cannot trace a converted model, which is traced by torch.compile within",
+                             remedy="compile it with torch.compile(model, backend='attnres')")
     install_output_capture(module, kwargs)
     try:
         collector = output_collector() if _COLLECTED in module.__dict__ else None

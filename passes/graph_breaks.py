@@ -36,6 +36,9 @@ _KNOWN: tuple[tuple[str, str], ...] = (
      "convert the model first, then wrap it: DistributedDataParallel(attnres_fx.convert(model, ...))"),
     (r"nn/parallel/data_parallel\.py",
      "DataParallel copies the model at every call. Use DistributedDataParallel, around the converted model"),
+    (r"functorch",
+     "transforms of torch.func go around a compiled function, not around a converted model: "
+     "torch.compile(torch.func.grad(loss), backend='attnres')"),
     (r"ContextVar",
      "a variable of the context cannot be read within a graph: read it around the call of the model, and hand it in"),
     (r"[Cc]ould not (guard on|extract) .*data-dependent|GuardOnDataDependent",

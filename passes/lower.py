@@ -7,7 +7,7 @@ from torch import fx
 from attnres_fx.passes._dynamo import graph_break_reason
 from attnres_fx.passes.detect import detect
 from attnres_fx.passes.encoder_layer import expand_encoder_layers_graph
-from attnres_fx.passes.finish import finish
+from attnres_fx.passes.finish import finish, keep_unread
 from attnres_fx.passes.graph import copy_graph_module, place_of, stack_paths
 from attnres_fx.passes.graph_breaks import explain_break
 from attnres_fx.passes.injections import injections_graph
@@ -50,6 +50,7 @@ def prepare(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a traced graph on which detection works: bodies inlined, fused operators taken
     apart, additions and injections normalized. No code is generated."""
     gm = copy_graph_module(gm)
+    keep_unread(gm.graph)
     inline_graph(gm)
     expand_encoder_layers_graph(gm.graph)
     unfuse_graph(gm.graph)
