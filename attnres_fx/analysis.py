@@ -12,8 +12,9 @@ from attnres_fx.passes._dynamo import unwrap
 from attnres_fx.passes.absence import absence
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.detect import detect
-from attnres_fx.passes.graph import module_path, source_line, stack_paths
+from attnres_fx.passes.graph import module_path, source_line
 from attnres_fx.passes.lower import prepare
+from attnres_fx.passes.plan import common_path
 from attnres_fx.passes.recognize import recognize
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import argument, is_mix
@@ -51,16 +52,6 @@ def _mix_entry(node: fx.Node) -> MixEntry:
 def as_args(args: Any) -> tuple[Any, ...]:
     """Positional arguments as a tuple; a lone tensor is one argument."""
     return (args,) if isinstance(args, torch.Tensor) else tuple(args)
-
-
-def common_path(stream: Stream) -> list[tuple[str, str]]:
-    """The modules that run all layers of ``stream``, outermost first, as (identity key, path as the tracer spells it)."""
-    common = []
-    for level in zip(*(stack_paths(layer.node) for layer in stream.layers)):
-        if len({key for key, _ in level}) != 1:
-            break
-        common.append(level[0])
-    return common
 
 
 def owner_of(stream: Stream, model: nn.Module | None) -> tuple[str, str]:

@@ -21,7 +21,6 @@ import torch
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from attnres_fx.analysis import common_path
 from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
 from attnres_fx.options import Options
 from attnres_fx.passes._distributed import calling_modules
@@ -39,6 +38,7 @@ from attnres_fx.passes.detect import detect
 from attnres_fx.passes.graph import stack_paths
 from attnres_fx.passes.graph_breaks import explain_break
 from attnres_fx.passes.lower import RESTART
+from attnres_fx.passes.plan import common_path
 from attnres_fx.passes.streams import Stream
 from attnres_fx.passes.vocabulary import base_of, is_mix
 from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class

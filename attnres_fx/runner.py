@@ -23,6 +23,7 @@ from attnres_fx.passes._dynamo import (
     compile_whole,
     inner_error,
     install_output_capture,
+    is_capture_break,
     is_collector_break,
     is_message_break,
     is_recompile_limit,
@@ -100,7 +101,7 @@ def _made_runner(base: type[nn.Module]) -> Callable[..., Any]:
     return compile_whole(own, run_rewritten, dynamic=None, limit=max(KINDS_OF_CALLS, torch._dynamo.config.recompile_limit))
 
 
-def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], retries: int = 3) -> Any:
     for name, plan in module.__dict__[STREAMS].items():  # what cannot be read raises here, and not within the tracer
         stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
     if torch.jit.is_tracing():
@@ -108,13 +109,13 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
                              remedy="compile it with torch.compile(model, backend='attnres')")
     install_output_capture(module, kwargs)
     try:
-        collector = output_collector() if _COLLECTED in module.__dict__ else None
-        with without_messages() if _SPEAKS in module.__dict__ else nullcontext():
+        collector = output_collector() if module.__dict__.get(_COLLECTED) else None
+        with without_messages() if module.__dict__.get(_SPEAKS) else nullcontext():
             return _runner(module, base)(module, collector, *args, **kwargs)
     except Exception as error:
         inner = inner_error(error)
-        if install_output_capture(module, kwargs, error) or _silenced(module, error) or _collected(module, error):
-            return _run(module, base, args, kwargs)
+        if retries and _mended(module, kwargs, error):
+            return _run(module, base, args, kwargs, retries - 1)
         if isinstance(inner, AttnResError):
             raise inner from None
         if is_recompile_limit(error):
@@ -127,22 +128,21 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         raise translated from error
 
 
-def _silenced(module: nn.Module, error: Exception) -> bool:
-    """Whether the graph of ``module`` broke for a message alone, and can be traced without it: said once."""
-    if _SPEAKS in module.__dict__ or not is_message_break(error):
-        return False
-    module.__dict__[_SPEAKS] = True
-    warnings.warn(f"the forward of {type(module).__name__} warns, logs or prints. It runs as one graph, in which those "
-                  "messages are passed over", stacklevel=4)
-    return True
-
-
-def _collected(module: nn.Module, error: Exception) -> bool:
-    """Whether the graph of ``module`` broke for hooks that collect for a model around it, and can be given the collector."""
-    if _COLLECTED in module.__dict__ or not is_collector_break(error):
-        return False
-    module.__dict__[_COLLECTED] = True
-    return True
+def _mended(module: nn.Module, kwargs: dict[str, Any], error: Exception) -> bool:
+    """Whether the graph of ``module`` broke for what need not break it, and the next attempt is told so: hooks that are
+    installed at the first call, hooks that collect for a model around this one, a message. Another thread may be first.
+    """
+    if is_message_break(error):
+        if not module.__dict__.get(_SPEAKS):
+            module.__dict__[_SPEAKS] = True
+            warnings.warn(f"the forward of {type(module).__name__} warns, logs or prints. It runs as one graph, in which "
+                          "those messages are passed over", stacklevel=4)
+        return True
+    if is_collector_break(error):
+        module.__dict__[_COLLECTED] = True
+        return True
+    install_output_capture(module, kwargs, error)
+    return is_capture_break(error)
 
 
 def converted_class(base: type[nn.Module], owns: bool, root: bool) -> type[nn.Module]:

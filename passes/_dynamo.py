@@ -197,13 +197,20 @@ def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any], error: B
     if capturing is None:
         return False
     asked = any(name.startswith("output_") and value for name, value in kwargs.items()) if error is None else (
-        is_graph_break(error) and str(capturing.__file__) in str(error))
+        is_capture_break(error))
     mark = "_output_capturing_hooks_installed"
     found = [module for module in model.modules() if _captures(type(module), capturing.__file__)] if asked else []
     missing = [module for module in found if not getattr(module, mark, False)]
     for module in missing:
         capturing.maybe_install_capturing_hooks(module)
     return bool(missing)
+
+
+def is_capture_break(error: BaseException) -> bool:
+    """Whether a graph broke because transformers installs the hooks behind ``output_hidden_states`` within the call."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    frames = re.findall(r'File "([^"]+)", line', str(error))
+    return capturing is not None and is_graph_break(error) and frames[-1:] == [capturing.__file__]
 
 
 def output_collector() -> tuple[Any, Any] | None:

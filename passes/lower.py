@@ -13,7 +13,7 @@ from attnres_fx.passes.graph_breaks import explain_break
 from attnres_fx.passes.injections import injections_graph
 from attnres_fx.passes.inline import inline_graph
 from attnres_fx.passes.normalize import normalize_graph
-from attnres_fx.passes.plan import StreamPlan, find_sites, owner_path, tracer_path
+from attnres_fx.passes.plan import StreamPlan, common_path, find_sites, owner_path, tracer_path
 from attnres_fx.passes.rewrite import Assignment, rewrite_graph
 from attnres_fx.passes.shares import refuse_shares
 from attnres_fx.passes.streams import Stream
@@ -76,7 +76,7 @@ def assign(gm: fx.GraphModule) -> list[Assignment]:
         places = [(s, find_sites(s, plan.sites)) for s in free if order[s.layers[0].node] > order[marker]]
         # The marker of a restarted frame is called by a submodule; any other by the owner of the stream.
         found = next((s for s, place in places if place is not None
-                      and (content != text or place == owner_path(marker) or _runs_below(s, marker))), None)
+                      and (content != text or place == owner_path(marker) or _is_owner(s, marker))), None)
         if found is None:
             raise _explain_mismatch(gm, marker, plan, streams)
         found.name = plan.name
@@ -95,10 +95,10 @@ def assign(gm: fx.GraphModule) -> list[Assignment]:
     return sorted(assignments, key=lambda a: order[a.stream.layers[0].node])
 
 
-def _runs_below(stream: Stream, marker: fx.Node) -> bool:
-    """Whether the module that called ``marker`` runs all layers of ``stream``, however the tracer spells its path."""
-    owner = stack_paths(marker)[-1:]
-    return bool(owner) and all(owner[0][0] in dict(stack_paths(layer.node)) for layer in stream.layers)
+def _is_owner(stream: Stream, marker: fx.Node) -> bool:
+    """Whether the lowest module that runs all layers of ``stream`` called ``marker``, however the tracer spells its path."""
+    caller, lowest = stack_paths(marker)[-1:], common_path(stream)[-1:]
+    return bool(caller) and bool(lowest) and caller[0][0] == lowest[0][0]
 
 
 def _explain_mismatch(gm: fx.GraphModule, marker: fx.Node, plan: StreamPlan, streams: list[Stream]) -> AttnResError:

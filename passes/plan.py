@@ -99,6 +99,16 @@ def tracer_path(node: fx.Node) -> str:
     return stack[-1][1] if stack else ""
 
 
+def common_path(stream: Stream) -> list[tuple[str, str]]:
+    """The modules that run all layers of ``stream``, outermost first, as (identity key, path as the tracer spells it)."""
+    common = []
+    for level in zip(*(stack_paths(layer.node) for layer in stream.layers)):
+        if len({key for key, _ in level}) != 1:
+            break
+        common.append(level[0])
+    return common
+
+
 def relative_sites(stream: Stream, owner: str) -> tuple[tuple[str, int], ...]:
     """Sites of ``stream`` below the module that the tracer calls ``owner``."""
     paths = [tracer_path(layer.node).removeprefix(owner) for layer in stream.layers]
