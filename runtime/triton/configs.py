@@ -145,11 +145,11 @@ def backward_tile(
 
 
 # By device generation (the major number of NVIDIA's capability): kind, width, the least and the most sources and the most
-# tokens that a plan is for, the plan. The first that fits is taken; lines as ``benchmarks/gpu.py --only search`` prints them,
-# with the bounds between what was measured drawn by hand. 9: an H100, with 5 sources of 128 tokens and 9 of 8192 (7168), 9
-# of 1 and 4096 (2048). Few tokens, which do not fill the device for long, want all rows of a token on their way at once;
-# many, of wide rows, those of the next token in shared memory. The backward with the norm was measured with rows asked for in
-# advance as well, which cost up to a third elsewhere and is no more; what was as fast without spills 60 instructions.
+# tokens that a plan is for, the plan. The first that fits is taken. Lines as ``benchmarks/gpu.py --only search`` prints
+# them; the bounds between what was measured are drawn by hand. 9 is an H100: 5 sources of 128 tokens and 9 of 8192 (7168),
+# 9 of 1 and of 4096 (2048). Few tokens, which do not fill the device for long, want all rows of a token on their way at
+# once; many, of wide rows, those of the next token in shared memory. The backward with the norm was timed with rows asked
+# for in advance as well, which cost a sixth to a half elsewhere and is no more; the fastest, no faster, spilled.
 MEASURED: dict[int, tuple[tuple[str, int, int, int, int, Plan], ...]] = {
     9: (("forward", 7168, 1, 9, 1024, Plan(Tile(8192, 1, 8), 5, 8)),
         ("forward", 7168, 1, 9, 1 << 40, Plan(Tile(8192, 1, 8), 3, 8, 2)),
@@ -176,16 +176,17 @@ def again_plan(shape: Shape) -> Plan | None:
     A thread holds many elements, as each holds the scalars of all sources, too.
     """
     wide = shape.width > 4096
-    fits = shape.count <= (9 if wide else 10 if shape.norm else 12)
+    widest = shape.width == MAX_WIDTH and shape.element > 2
+    fits = shape.count <= (7 if widest else 9 if wide else 10 if shape.norm else 12)
     if shape.norm and (wide or (shape.width > 2048 and shape.element > 2)):
         fits = False
     if shape.queries > 1 or not shape.plain or not fits or shape.warp_size != 32:
         return None  # addresses of so many rows, each read several times, do not fit into AMD's scalar registers
     own = tile(shape.width, 32 if wide else 16 if shape.width > 512 else 8, shape.warp_size)
     together = 4 if shape.capability is not None and own.warps > 1 else 1
-    # With all 255 registers ptxas schedules its way into two spills.
-    return measured(shape) or Plan(own, 1 if shape.element > 2 else 2, together, resident=max(1, min(16, 8 // own.warps)),
-                                   registers=248 if wide else None)
+    full = wide and shape.count > 8 and shape.width < own.block_d  # masks take the registers of the second row
+    return measured(shape) or Plan(own, 1 if shape.element > 2 or full else 2, together,
+                                   resident=max(1, min(16, 8 // own.warps)))
 
 
 def measured(shape: Shape) -> Plan | None:

@@ -245,10 +245,9 @@ def test_what_was_measured_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
             (8192, 2, 7168, many, None, backward), (1, 9, 2048, None, few_norm, None), (257, 4, 2048, None, None, None)):
         problem = launch.Problem.of([torch.empty(tokens, width, dtype=torch.bfloat16)] * count, torch.empty(width), None,
                                     launch.Options(*DEFAULTS))
-        found = [configs.measured(problem.shape(*kind)) for kind in (("forward", False), ("forward", True), ("backward", False))]
-        assert found == [forward_plan, norm_plan, again_plan]
-        of_norm = configs.measured(problem.shape("backward", True))
-        assert of_norm == (backward_norm if (width, count) == (2048, 9) else None)
+        kinds = (("forward", False), ("forward", True), ("backward", False), ("backward", True))
+        found = [configs.measured(problem.shape(*kind)) for kind in kinds]
+        assert found == [forward_plan, norm_plan, again_plan, backward_norm if (width, count) == (2048, 9) else None]
 
 
 # Traffic
