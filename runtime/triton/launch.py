@@ -1,7 +1,6 @@
 """Launch the Triton kernels: the host side of the mix, with the signatures of runtime/mix.py.
 
 Importing this module imports triton. It works on tensors of one device; on the CPU only under ``TRITON_INTERPRET=1``.
-Not run on a GPU so far.
 """
 
 from __future__ import annotations
