@@ -284,6 +284,8 @@ def _account(bench: Bench, pair: Whole, name: str) -> None:
             bench.sync()
         kinds: dict[str, list[float]] = {}
         for event in profile.events():
+            if event.device_type != torch.autograd.DeviceType.CUDA:
+                continue
             kernel = event.name
             kind = next((found for found in OURS if found in kernel), None)
             kind = kind or ("inductor" if kernel.startswith("triton_") else "memory" if kernel.startswith("Mem") else

@@ -177,7 +177,7 @@ def again_plan(shape: Shape) -> Plan | None:
     """
     wide = shape.width > 4096
     widest, short = (shape.element > 2 and within for within in (shape.width == MAX_WIDTH, shape.width <= 128))
-    fits = shape.count <= (7 if widest else 9 if wide or (short and shape.norm) else 10 if short or shape.norm else 12)
+    fits = shape.count <= (7 if widest else 9 if wide else 8 if short and shape.norm else 10 if short or shape.norm else 12)
     if shape.norm and (wide or (shape.width > 2048 and shape.element > 2)):
         fits = False
     if shape.queries > 1 or not shape.plain or not fits or shape.warp_size != 32:
