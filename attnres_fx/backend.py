@@ -21,7 +21,14 @@ import attnres_fx.passes
 import attnres_fx.runtime
 from attnres_fx.one_line import convert_while_compiling, refuse_given_up
 from attnres_fx.options import Options
-from attnres_fx.passes._compat import GraphPasses, run_aot_eager, run_inductor
+from attnres_fx.passes._compat import (
+    GraphPasses,
+    OpOverload,
+    captures_graphs,
+    run_aot_eager,
+    run_inductor,
+    trace_structured,
+)
 from attnres_fx.passes._dynamo import watch_given_up_frames
 from attnres_fx.passes.arena import place_rows_for_backward, place_rows_of_call
 from attnres_fx.passes.fit import schedule_within
@@ -135,11 +142,11 @@ def _clear(pool: weakref.ref[ArenaPool]) -> None:
 
 def _captures(options: Options) -> bool:
     """Whether Inductor replays graphs of a GPU's work, which know nothing of who holds an arena."""
-    return bool(options.inductor.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+    return bool(options.inductor.get("triton.cudagraphs", captures_graphs()))
 
 
 def _is_ours(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "attnres"
+    return isinstance(node.target, OpOverload) and node.target.namespace == "attnres"
 
 
 @functools.cache
@@ -185,7 +192,7 @@ def _record_mixes(gm: fx.GraphModule, mixes: Sequence[Recognized]) -> None:
 
 
 def _trace(gm: fx.GraphModule) -> None:
-    torch._logging.trace_structured(
+    trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "attnres_rewritten_graph", "encoding": "string"},
         payload_fn=lambda: gm.print_readable(print_output=False),

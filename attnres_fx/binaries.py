@@ -22,11 +22,11 @@ def compile_table(target: str, width: int | None = None, brief: bool = False) ->
                           remedy="pip install 'attnres-fx[triton]'")
     from attnres_fx.runtime.triton import aot, cases
 
-    warp_size = aot.parse_target(target).warp_size
+    every = aot.table(target)
     if width is not None and width not in cases.WIDTHS:
         raise OptionError(f"no configuration has the width {width}",
                           remedy=f"give one of {', '.join(map(str, cases.WIDTHS))}")
-    chosen = [case for case in cases.cases(warp_size) if width in (None, case.width)]
+    chosen = [case for case in every if width in (None, case.width)]
     if brief:
         chosen = list({(case.name, case.width): case for case in reversed(chosen)}.values())[::-1]
     return [aot.compile_case(case, target).to_dict() for case in chosen]

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from attnres_fx.conversion import plan_streams
 from attnres_fx.description import (
@@ -34,7 +33,7 @@ from attnres_fx.description import (
     tie,
 )
 from attnres_fx.files import PLAN_FILE, first_line, json_text, whole_file
-from attnres_fx.passes._compat import fake_mode_of
+from attnres_fx.passes._compat import fake_mode_of, pytree
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import copy_graph_module, value_of
 from attnres_fx.passes.lower import assign, lower_marked, prepare

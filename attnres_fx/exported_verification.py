@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from attnres_fx.exported import (
     Program,
@@ -19,6 +18,7 @@ from attnres_fx.exported import (
     rewrite_program,
     weight_dtypes,
 )
+from attnres_fx.passes._compat import codegen_of, pytree, schema_of
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import copy_graph_module, insert_call
 from attnres_fx.passes.lower import assign, markers_of, prepare
@@ -127,7 +127,7 @@ def row_of(mix: fx.Node) -> tuple[str, int]:
 
 
 def _interpreted(interpreter: fx.Interpreter) -> Callable[..., Any]:
-    codegen: Any = interpreter.graph._codegen
+    codegen: Any = codegen_of(interpreter.graph)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         flat = pytree.tree_leaves((args, kwargs))
@@ -149,7 +149,7 @@ class _ByDefinition(fx.Interpreter):
 
 def _mix_arguments(node: fx.Node, given: Sequence[Any]) -> tuple[Any, ...]:
     """The seven arguments of a mix; a serialized graph leaves out those that have their default value."""
-    schema = MIX._schema.arguments
+    schema = schema_of(MIX).arguments
     values = [*given, *(argument.default_value for argument in schema[len(given):])]
     for index, described in enumerate(schema):
         if described.name in node.kwargs:

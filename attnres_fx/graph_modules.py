@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from attnres_fx.conversion import GRAPH_PLANS
 from attnres_fx.exported import Program, mark_program, plan_program, rewrite_program
 from attnres_fx.exported_verification import row_of
-from attnres_fx.passes._compat import propagate_fake
+from attnres_fx.passes._compat import codegen_of, propagate_fake, pytree
 from attnres_fx.passes.graph import copy_graph_module, value_of
 from attnres_fx.passes.plan import StreamPlan
 from attnres_fx.passes.vocabulary import is_mix
@@ -33,7 +32,7 @@ def program_of(
     Raises: TracingError if the graph fails on these inputs.
     """
     copy = copy_graph_module(gm)
-    if type(copy.graph._codegen) is not fx.graph.CodeGen and all(
+    if type(codegen_of(copy.graph)) is not fx.graph.CodeGen and all(
             value_of(node) is not None for node in copy.graph.nodes if node.op == "placeholder"):
         # Of torch.export: traced values came with it, and its inputs are flattened by its own rules.
         return Program(copy, tuple(args), dict(kwargs), tuple(plans))

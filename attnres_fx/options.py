@@ -65,9 +65,9 @@ class Options:
         result = Options(**given)
         result._check()
         if mode is not None and mode != "default":
-            from torch._inductor import list_mode_options
+            from attnres_fx.passes._compat import mode_options
 
-            result = Options(**{**given, "inductor": {**list_mode_options(mode), **result.inductor}})
+            result = Options(**{**given, "inductor": {**mode_options(mode), **result.inductor}})
         return result
 
     def _check(self) -> None:

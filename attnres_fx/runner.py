@@ -29,6 +29,7 @@ from attnres_fx.passes._dynamo import (
     is_recompile_limit,
     is_traced,
     output_collector,
+    recompile_limit,
     without_messages,
 )
 from attnres_fx.passes.capture import translate
@@ -98,7 +99,7 @@ def _made_runner(base: type[nn.Module]) -> Callable[..., Any]:
 
     # The recompile limit is per code object: each model gets its own.
     own = types.FunctionType(marked.__code__.replace(), marked.__globals__, "forward", None, marked.__closure__)
-    return compile_whole(own, run_rewritten, dynamic=None, limit=max(KINDS_OF_CALLS, torch._dynamo.config.recompile_limit))
+    return compile_whole(own, run_rewritten, dynamic=None, limit=max(KINDS_OF_CALLS, recompile_limit()))
 
 
 def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], retries: int = 3) -> Any:

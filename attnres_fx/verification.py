@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from attnres_fx.analysis import as_args
 from attnres_fx.conversion import plans_of
+from attnres_fx.passes._compat import pytree
 from attnres_fx.passes._dynamo import unwrap
 from attnres_fx.passes.capture import capture
 from attnres_fx.passes.finish import finish

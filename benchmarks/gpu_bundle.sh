@@ -25,9 +25,9 @@ cat >"$target/README" <<'TEXT'
 Runs attnres_fx on a GPU. Needs Python with torch 2.11 or newer and its Triton, networkx, typer, rich, safetensors and transformers.
 In the folder above this one:
 
-    bash .gpu/run.sh --out results --seconds 420
+    bash .gpu/run.sh --out results --seconds 390
 
-Results go to results/results.jsonl, line by line. --only values,model:90,mix chooses sections (and gives one 90 seconds at most);
+Results go to results/results.jsonl, line by line. --only parallel:170,whole:130,mix chooses sections (and gives them so many seconds at most);
 --device cpu tries the script itself.
 TEXT
 cat >"$target/run.sh" <<'TEXT'

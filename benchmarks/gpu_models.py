@@ -28,6 +28,8 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("arena never", {"options": {"arena": "never"}}),
     ("arena and fuse never", {"options": {"arena": "never", "fuse": "never"}}),
 )
+OURS = ("mix_forward", "mix_backward_again", "mix_backward", "mix_scores", "norm_backward", "mix_source_grads",
+        "reduce_parameter_grads")
 # What is run, transformer layers, width, batch, tokens, schedule.
 WHOLE = (("train", 16, 2048, 1, 4096, "auto"), ("infer", 16, 2048, 1, 4096, "auto"), ("decode", 16, 2048, 1, 1, "auto"),
          ("infer", 16, 2048, 1, 4096, "one-pass"), ("train", 16, 2048, 1, 4096, "two-phase"))
@@ -80,12 +82,16 @@ def model(bench: Bench) -> None:
     batches = [torch.randint(0, VOCABULARY, (batch, tokens), device=bench.device) for _ in range(2)]
     made = {}
     for dtype in LIMITS:
+        if bench.wanted and bench.wanted.endswith("float32") != (dtype == torch.float32):
+            continue
         ours = converted(llama(bench, layers, width, dtype), batches[0], layers, 0.2)
         torch._dynamo.reset()
         eager = torch.compile(ours, backend="attnres", options={"downstream": "eager", "kernels": "reference"})
         made[dtype] = ours, batches, [step(ours, eager, ids) for ids in batches]
     for name, settings in OPTIONS:
         for dtype in LIMITS:
+            if bench.wanted not in ("", f"{name} {str(dtype).removeprefix('torch.')}"):
+                continue
             if bench.left() < 20:
                 bench.say("skipped", what=f"model {name} {dtype}")
                 continue
@@ -94,7 +100,7 @@ def model(bench: Bench) -> None:
                 if name == "default" and not right:
                     with mock.patch.object(rows, "orders_copies", lambda _: False):
                         _check_option(bench, *made[dtype], "default, no loops placed", settings)
-        if name == "default" and bench.cuda:
+        if name == "default" and bench.cuda and bench.wanted in "streams":
             with bench.guarded("streams"):
                 _check_streams(bench, *made[torch.bfloat16])
 
@@ -165,65 +171,127 @@ def graphs(bench: Bench) -> None:
 
 def whole(bench: Bench) -> None:
     """Whole models, plain and converted, compiled, in turn: milliseconds, ratio and peak memory."""
-    for what, layers, width, batch, tokens, schedule in WHOLE if bench.cuda else TINY:
-        if bench.left() < 35:
-            bench.say("skipped", what=f"whole {what} {layers} x {width} {schedule}")
+    _each_whole(bench, _compare, 20)
+
+
+def compile_whole(bench: Bench) -> None:
+    """Call each of them twice: so their kernels are in the caches."""
+    def call(bench: Bench, *case: Any) -> None:
+        began = time.monotonic()
+        Whole(bench, *case).warm(bench, 2)
+        bench.say("compiled", what=case[0], d=case[2], schedule=case[-1], seconds=round(time.monotonic() - began, 1))
+
+    _each_whole(bench, call, 5)
+
+
+def _each_whole(bench: Bench, run: Callable[..., None], least: float) -> None:
+    for what, *sizes in WHOLE if bench.cuda else TINY:
+        if bench.wanted not in what:
             continue
-        with bench.guarded(f"whole {what} {layers} x {width} {schedule}"):
-            _compare(bench, what, layers, width, batch, tokens, schedule)
+        name = f"whole {what} {' x '.join(str(size) for size in sizes)}"
+        if bench.left() < least:
+            bench.say("skipped", what=name)
+            continue
+        with bench.guarded(name):
+            run(bench, what, *sizes)
         if bench.cuda:
             torch.cuda.empty_cache()
 
 
-def _compare(bench: Bench, what: str, layers: int, width: int, batch: int, tokens: int, schedule: str) -> None:
-    torch._dynamo.reset()
-    plain = llama(bench, layers, width, torch.bfloat16)
-    ids = torch.randint(0, VOCABULARY, (batch, tokens), device=bench.device)
-    ours = converted(plain, ids, 8, 0.02)
-    mode: dict[str, Any] = {"mode": "reduce-overhead"} if what == "decode" else {}
-    # One way to pass options: a mode stands beside none, so the captured graphs are asked for by Inductor's own setting.
-    settings: dict[str, Any] = {"options": {"schedule": schedule, "inductor": {"triton.cudagraphs": what == "decode"}}}
-    runs = {"plain": (plain, torch.compile(plain, dynamic=False, **mode)),
-            "attnres": (ours, torch.compile(ours, dynamic=False, backend="attnres", **settings))}
+class Whole:
+    """A model, plain and converted, both compiled."""
 
-    def call(name: str) -> None:
-        module, run = runs[name]
-        if what == "train":
+    def __init__(self, bench: Bench, what: str, layers: int, width: int, batch: int, tokens: int, schedule: str) -> None:
+        torch._dynamo.reset()
+        self.what = what
+        plain = llama(bench, layers, width, torch.bfloat16)
+        self.ids = torch.randint(0, VOCABULARY, (batch, tokens), device=bench.device)
+        ours = converted(plain, self.ids, 8, 0.02)
+        mode: dict[str, Any] = {"mode": "reduce-overhead"} if what == "decode" else {}
+        # One way to pass options: a mode stands beside none, so the captured graphs are asked for by Inductor's own setting.
+        settings: dict[str, Any] = {"options": {"schedule": schedule, "inductor": {"triton.cudagraphs": what == "decode"}}}
+        self.runs = {"plain": (plain, torch.compile(plain, dynamic=False, **mode)),
+                     "attnres": (ours, torch.compile(ours, dynamic=False, backend="attnres", **settings))}
+
+    def call(self, name: str) -> None:
+        module, run = self.runs[name]
+        if self.what == "train":
             module.zero_grad(set_to_none=True)
-            run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            run(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
         else:
-            inferred(run, ids)
+            inferred(run, self.ids)
 
-    first: dict[str, float] = {}
-    for name in runs:
-        begin = time.monotonic()
-        for _ in range(4):
-            call(name)
-        bench.sync()
-        first[name] = time.monotonic() - begin
+    def warm(self, bench: Bench, calls: int) -> dict[str, float]:
+        """Seconds that the first calls take."""
+        first: dict[str, float] = {}
+        for name in self.runs:
+            if bench.left() < 3:
+                raise TimeoutError(f"no time to compile '{name}'")
+            begin = time.monotonic()
+            for _ in range(calls):
+                self.call(name)
+            bench.sync()
+            first[name] = time.monotonic() - begin
+        return first
+
+
+def _compare(bench: Bench, what: str, layers: int, width: int, batch: int, tokens: int, schedule: str) -> None:
+    pair = Whole(bench, what, layers, width, batch, tokens, schedule)
+    first = pair.warm(bench, 4)
     turns = ("plain", "attnres", "plain again")
     times: dict[str, list[float]] = {name: [] for name in turns}
+    hosts: dict[str, list[float]] = {name: [] for name in turns}
     repeats = 10 if what == "decode" else 1
     for number in range(25 if bench.cuda else 3):
+        if bench.left() < 1 and number >= 3:
+            break
         for name in (*turns[number % 3:], *turns[:number % 3]):
             bench.sync()
             begin = time.perf_counter()
             for _ in range(repeats):
-                call(name.removesuffix(" again"))
+                pair.call(name.removesuffix(" again"))
+            issued = time.perf_counter()
             bench.sync()
             times[name].append((time.perf_counter() - begin) * 1e3 / repeats)
+            hosts[name].append((issued - begin) * 1e3 / repeats)
     for name, taken in times.items():
         ratios = [one / other for one, other in zip(taken, times["plain"])]
+        host = hosts[name]
         bench.say("whole", what=what, layers=layers, d=width, batch=batch, tokens=tokens, schedule=schedule, form=name,
                   ms=round(statistics.median(taken), 3), least=round(min(taken), 3),
-                  over_plain=f"{(statistics.median(ratios) - 1) * 100:+.2f} %",
-                  first_calls_s=round(first.get(name, 0.0), 1))
-    if bench.cuda and what != "decode":
-        for name in runs:
+                  over_plain=f"{(statistics.median(ratios) - 1) * 100:+.2f} %", host_ms=round(statistics.median(host), 3),
+                  host_least=round(min(host), 3), first_calls_s=round(first.get(name, 0.0), 1))
+    for name in pair.runs:
+        if what != "decode":
+            _account(bench, pair, name)
+        if bench.cuda and what != "decode":
             bench.sync()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            call(name)
+            pair.call(name)
             bench.sync()
             bench.say("peak", what=what, d=width, form=name,
                       rows=round((torch.cuda.max_memory_allocated() - before) / (batch * tokens * width * 2), 1))
+
+
+def _account(bench: Bench, pair: Whole, name: str) -> None:
+    """Where the time of a call goes: the device's by kinds of kernels, and how many of them; each of ours by name."""
+    if not bench.cuda:
+        return
+    with bench.guarded(f"account {name}"):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            pair.call(name)
+            bench.sync()
+        kinds: dict[str, list[float]] = {}
+        for event in profile.events():
+            if event.device_type != torch.autograd.DeviceType.CUDA:
+                continue
+            kernel = event.name
+            kind = next((found for found in OURS if found in kernel), None)
+            kind = kind or ("inductor" if kernel.startswith("triton_") else "memory" if kernel.startswith("Mem") else
+                            "attention" if "flash" in kernel or "fmha" in kernel or "attention" in kernel else "products")
+            taken = kinds.setdefault(kind, [0.0, 0.0])
+            taken[0] += event.device_time / 1e3
+            taken[1] += 1
+        bench.say("account", what=pair.what, form=name, ms=round(sum(each[0] for each in kinds.values()), 3),
+                  kinds={kind: f"{taken:.3f} ms of {int(count)}" for kind, (taken, count) in sorted(kinds.items())})

@@ -28,6 +28,7 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.device, self.seconds = folder / "results.jsonl", torch.device(device), seconds
         self.section_ends = float("inf")
+        self.wanted = ""  # what a section is narrowed to: parts whose names hold this text
         self.cuda = self.device.type == "cuda"
         self.began = time.monotonic()
         self.rows: list[dict[str, Any]] = []
@@ -44,14 +45,14 @@ class Bench:
         return min(self.began + self.seconds, self.section_ends) - time.monotonic()
 
     @contextmanager
-    def section(self, name: str, most: float) -> Iterator[None]:
+    def section(self, name: str, most: float, wanted: str = "") -> Iterator[None]:
         """A section that takes no more than so many seconds, and says how many it took."""
         begin = time.monotonic()
-        self.section_ends = begin + most
+        self.section_ends, self.wanted = begin + most, wanted
         try:
             yield
         finally:
-            self.section_ends = float("inf")
+            self.section_ends, self.wanted = float("inf"), ""
             self.say("section", name=name, seconds=round(time.monotonic() - begin, 1))
 
     @contextmanager

@@ -61,8 +61,11 @@ def values(bench: Bench) -> None:
     """Every operator forward and backward, at many shapes; and a row behind 2^31 elements."""
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for count, tokens, width in SHAPES if bench.cuda else SHAPES[:2]:
-            if bench.left() < 30:
-                return
+            if bench.wanted not in str(dtype):
+                continue
+            if bench.left() < 5:
+                bench.say("skipped", what=f"values {count} x {tokens} x {width} {dtype}")
+                continue
             *given, grad = problem(bench, count, tokens, width, dtype)
             shape = {"sources": count, "tokens": tokens, "d": width}
             with bench.guarded(f"values {shape} {dtype}"):
@@ -70,12 +73,15 @@ def values(bench: Bench) -> None:
                       lambda *rows: mix64(rows[:-2], rows[-2], rows[-1]), given, [grad], **shape)
     for layer in (False, True):
         for count, tokens, width in NORM_SHAPES if bench.cuda else ((3, 5, 64),):
+            if bench.wanted not in "norm":
+                continue
             with bench.guarded(f"mix_norm {count} {width}"):
                 _check_norm(bench, count, tokens, width, layer)
-    with bench.guarded("phases"):
-        _check_phases(bench)
+    if bench.wanted in "phases":
+        with bench.guarded("phases"):
+            _check_phases(bench)
     properties = torch.cuda.get_device_properties(0) if bench.cuda else None
-    if properties is not None and properties.total_memory > 60e9:
+    if properties is not None and properties.total_memory > 60e9 and bench.wanted in "far":
         with bench.guarded("values_64bit"):
             _check_far_rows(bench)
 

@@ -13,8 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._logging import trace_structured
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils import _pytree as pytree
 
 from attnres_fx.runtime.marker import ENTER
+
+__all__ = ["HigherOrderOperator", "OpOverload", "OpOverloadPacket", "pytree", "trace_structured"]
 
 # Dead-code elimination must keep the marker, or other backends would run the plain network without a word.
 fx.node.has_side_effect(ENTER)
@@ -31,6 +36,41 @@ def carry_dynamo_metadata(old: fx.GraphModule, new: fx.GraphModule, mapping: dic
         if hasattr(old, name):
             value = getattr(old, name)
             setattr(new, name, dict(value) if isinstance(value, dict) else value)
+
+
+def schema_of(operator: Any) -> Any:
+    """The schema of an overload of an operator."""
+    return operator._schema
+
+
+def codegen_of(graph: fx.Graph) -> Any:
+    """What writes the code of a graph, and knows how its inputs and outputs are nested."""
+    return graph._codegen
+
+
+def tracer_of(graph: fx.Graph) -> Any:
+    """The class of the tracer that made a graph, or None."""
+    return getattr(graph, "_tracer_cls", None)
+
+
+def copy_codegen(old: fx.Graph, new: fx.Graph) -> None:
+    """Let a graph nest its inputs and outputs as another does."""
+    new._codegen = old._codegen
+
+
+def captures_graphs() -> bool:
+    """Whether Inductor is set to capture graphs of a GPU's work."""
+    import torch._inductor.config
+
+    return bool(torch._inductor.config.triton.cudagraphs)
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's settings for a mode of ``torch.compile``."""
+    from torch._inductor import list_mode_options
+
+    found: dict[str, Any] = list_mode_options(mode)
+    return found
 
 
 def fake_mode_of(values: Iterable[Any]) -> Any:

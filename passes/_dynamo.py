@@ -253,6 +253,11 @@ def quiet_dynamo() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def recompile_limit() -> int:
+    """How many kinds of calls a function is compiled for."""
+    return int(torch._dynamo.config.recompile_limit)
+
+
 def unlimited_compiles() -> Any:
     """Lift Dynamo's limits on compiling one code object again: tracing keeps nothing, so no count can grow harmful."""
     return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)

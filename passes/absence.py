@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from attnres_fx.passes._compat import HigherOrderOperator, OpOverload, OpOverloadPacket
 from attnres_fx.passes.graph import float_tensor, place_of, same_size
 from attnres_fx.passes.vocabulary import addition_of, op_name
 
@@ -41,7 +41,7 @@ def _is_whole_sum(node: fx.Node) -> bool:
 
 def _is_opaque(node: fx.Node) -> bool:
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return op_name(node) not in {"flex_attention", "flex_attention_hop"}
-    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and not str(target).startswith(
+    return isinstance(target, (OpOverload, OpOverloadPacket)) and not str(target).startswith(
         ("aten.", "prims.", "prim.", "attnres."))

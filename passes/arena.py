@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnres_fx.passes._compat import fake_mode_of, hinted, numbers_as_nodes
+from attnres_fx.passes._compat import fake_mode_of, hinted, numbers_as_nodes, schema_of
 from attnres_fx.passes.check_arena import check_arena
 from attnres_fx.passes.check_layout import check_layout
 from attnres_fx.passes.graph import value_of
@@ -238,7 +238,7 @@ def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node
         results = [views[index] if index in views else _empty(graph, each.shape, each, number)
                    for index, each in enumerate(value)]
     operator: Any = maker.target
-    given = operator._schema.arguments[len(maker.args):]
+    given = schema_of(operator).arguments[len(maker.args):]
     defaults = {argument.name: argument.default_value for argument in given if argument.has_default_value()}
     written = _outputs(_WRITES[operator], results)
     call = graph.call_function(_WRITES[operator], maker.args, {**defaults, **maker.kwargs, **written})
@@ -258,7 +258,7 @@ def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node
 
 def _outputs(operator: Any, results: Sequence[fx.Node]) -> dict[str, Any]:
     """The results as the arguments that ``operator`` writes: one each, or where it takes lists, evenly divided."""
-    given = [argument for argument in operator._schema.arguments if argument.alias_info is not None]
+    given = [argument for argument in schema_of(operator).arguments if argument.alias_info is not None]
     if isinstance(given[0].type, torch.ListType):
         count = len(results) // len(given)
         return {argument.name: list(results[index * count:(index + 1) * count]) for index, argument in enumerate(given)}

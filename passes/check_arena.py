@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from attnres_fx.passes._compat import hinted, runs_in_place_order
+from attnres_fx.passes._compat import OpOverload, hinted, runs_in_place_order, schema_of
 from attnres_fx.passes.graph import is_contiguous, same_size, value_of
 from attnres_fx.passes.vocabulary import RESHAPES, changed_by, is_mutation, op_name
 from attnres_fx.runtime.errors import LayoutError
@@ -131,5 +131,5 @@ def _made_of(node: fx.Node) -> Iterator[fx.Node]:
 
 def _returns_memory(node: fx.Node) -> bool:
     """Whether the result of an operator may share memory with what it is given."""
-    return isinstance(node.target, torch._ops.OpOverload) and any(
-        returned.alias_info is not None for returned in node.target._schema.returns)
+    return isinstance(node.target, OpOverload) and any(
+        returned.alias_info is not None for returned in schema_of(node.target).returns)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnres_fx.passes._compat import plain_torch
+from attnres_fx.passes._compat import plain_torch, pytree
 from attnres_fx.passes.graph import float_tensor, same_size, value_of
 from attnres_fx.passes.recognize_region import call_neutral, default_eps
 from attnres_fx.passes.vocabulary import (
@@ -166,7 +166,7 @@ def _epsilons(region: Sequence[fx.Node]) -> list[float]:
     for node in region:
         if op_name(node) in {"rms_norm", "_fused_rms_norm"} and argument(node, 3, "eps") is None:
             found.setdefault(default_eps(value_of(argument(node, 0, "input")).dtype))
-        for number in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
+        for number in pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(number, float) and 0 < number <= _LARGEST_EPS:
                 found.setdefault(number)
     return [*found, 0.0]

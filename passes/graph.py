@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnres_fx.passes._compat import carry_dynamo_metadata, fake_mode_of
+from attnres_fx.passes._compat import carry_dynamo_metadata, copy_codegen, fake_mode_of, tracer_of
 from attnres_fx.runtime.errors import Place
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -84,7 +84,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 
     Dynamo's own graph must never be changed: it is used again after the backend returns.
     """
-    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    graph = fx.Graph(tracer_cls=tracer_of(gm.graph))
     mapping: dict[fx.Node, fx.Node] = {}
     copied = graph.graph_copy(gm.graph, mapping, return_output_node=True)
     old_output = gm.graph.output_node()
@@ -93,7 +93,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     output.meta = dict(old_output.meta)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
-    graph._codegen = gm.graph._codegen
+    copy_codegen(gm.graph, graph)
     result = fx.GraphModule(gm, graph)
     result.meta = dict(gm.meta)
     carry_dynamo_metadata(gm, result, mapping)

@@ -11,10 +11,10 @@ import operator
 import warnings
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from attnres_fx.passes._compat import HigherOrderOperator
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.vocabulary import op_name
 
@@ -56,7 +56,7 @@ def without_recomputation(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_region(node: fx.Node) -> bool:
-    return (node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
+    return (node.op == "call_function" and isinstance(node.target, HigherOrderOperator)
             and op_name(node) in _REGIONS and _body_node(node) is not None)
 
 

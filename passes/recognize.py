@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnres_fx.passes._compat import OpOverload
 from attnres_fx.passes.finish import only_makes_a_value
 from attnres_fx.passes.graph import insert_call, module_path, same_size, source_line, value_of
 from attnres_fx.passes.recognize_closure import Proposal, free_numbers
@@ -238,7 +239,7 @@ class _Rewriter:
 
 def _writes_its_first_argument(node: fx.Node) -> bool:
     """Whether all that an in-place operation changes is its first argument; unknown of custom operators."""
-    return not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace == "aten"
+    return not isinstance(node.target, OpOverload) or node.target.namespace == "aten"
 
 
 def _remove_dead_writes(graph: fx.Graph) -> None:

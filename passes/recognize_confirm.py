@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnres_fx.passes._compat import hinted, plain_torch
+from attnres_fx.passes._compat import hinted, plain_torch, pytree
 from attnres_fx.passes.graph import value_of
 from attnres_fx.passes.recognize_closure import ATTENTION, Proposal, query_axes
 from attnres_fx.passes.recognize_region import Inputs, Region, default_eps, hint_of, random_inputs
@@ -91,7 +91,7 @@ def _constants(proposal: Proposal) -> list[float]:
         name = op_name(node)
         if name in {"rms_norm", "_fused_rms_norm"} and argument(node, 3, "eps") is None:
             note(default_eps(value_of(argument(node, 0, "input")).dtype))
-        torch.utils._pytree.tree_map(note, (node.args, node.kwargs))
+        pytree.tree_map(note, (node.args, node.kwargs))
         for source in node.all_input_nodes:
             if is_symbol(source) and isinstance(value_of(source), (float, torch.SymFloat)):
                 note(value_of(source))

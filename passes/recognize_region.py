@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnres_fx.passes._compat import hinted
+from attnres_fx.passes._compat import hinted, pytree
 from attnres_fx.passes.graph import value_of
 from attnres_fx.passes.recognize_closure import Proposal
 from attnres_fx.passes.recognize_rows import Row, row_shape, shape_of
@@ -120,9 +120,9 @@ def call_neutral(node: fx.Node, env: dict[fx.Node, Any], sizes: dict[int, int]) 
         return env[source] if source in env else value_of(source)
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), argument_of)
-    args, kwargs = torch.utils._pytree.tree_map(lambda value: _neutral(value, sizes), (args, kwargs))
+    args, kwargs = pytree.tree_map(lambda value: _neutral(value, sizes), (args, kwargs))
     if name in _RESIZED and sizes:
-        args, kwargs = torch.utils._pytree.tree_map(
+        args, kwargs = pytree.tree_map(
             lambda value: sizes.get(value, value) if type(value) is int else value, (args, kwargs))
     first = args[0] if args else None
     if name in {"float", "half", "bfloat16", "double"} or (name == "type" and isinstance(first, Tensor)):

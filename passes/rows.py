@@ -23,7 +23,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnres_fx.passes._compat import input_symbols, orders_copies, runs_in_place_order, symbols_of, tunes_products
+from attnres_fx.passes._compat import (
+    HigherOrderOperator,
+    OpOverload,
+    input_symbols,
+    orders_copies,
+    runs_in_place_order,
+    schema_of,
+    symbols_of,
+    tunes_products,
+)
 from attnres_fx.passes.graph import same_size, value_of
 from attnres_fx.passes.vocabulary import argument, is_mutation, op_name, viewed
 from attnres_fx.runtime.into import INTO
@@ -133,11 +142,11 @@ def _only_reads(node: fx.Node, names: Collection[fx.Node]) -> bool:
     target = node.target
     if target is torch.ops.aten.copy_.default:
         return node.args[0] not in names
-    if isinstance(target, torch._ops.OpOverload):
-        schema = target._schema
+    if isinstance(target, OpOverload):
+        schema = schema_of(target)
         keeps = schema.is_mutable or any(returned.alias_info is not None for returned in schema.returns)
         return not (keeps or _names_its_place(node) or target.namespace == "_c10d_functional")
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return target.name() in _PURE
     return target is operator.getitem
 

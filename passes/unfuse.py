@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnres_fx.passes._compat import known_int, plain_torch
+from attnres_fx.passes._compat import OpOverload, OpOverloadPacket, known_int, plain_torch, schema_of
 from attnres_fx.passes.finish import finish
 from attnres_fx.passes.graph import float_tensor, insert_call, same_size, value_of
 from attnres_fx.passes.vocabulary import addition_of, changes_of, has_one_name, memory_of
@@ -119,11 +119,11 @@ def _call_of(node: fx.Node) -> _Call | None:
     target = node.target
     if node.op != "call_function":
         return None
-    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+    if isinstance(target, OpOverloadPacket) and len(target.overloads()) == 1:
         target = getattr(target, target.overloads()[0])
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace in _NOT_OPAQUE:
+    if not isinstance(target, OpOverload) or target.namespace in _NOT_OPAQUE:
         return None
-    schema = target._schema
+    schema = schema_of(target)
     if node.is_impure() and not schema.is_mutable:
         return None  # a declared side effect beyond its arguments: it must run as often as the model runs it
     given: list[Any] = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnres_fx.passes._compat import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
 from attnres_fx.passes.graph import float_tensor, same_size, value_of
 
 ADDITIONS = frozenset({"add", "iadd", "add_", "__add__", "__iadd__", "__radd__", "radd"})
@@ -63,9 +64,9 @@ def op_name(node: fx.Node) -> str:
     """The short ATen name of what ``node`` computes; an empty string for placeholders, attributes and the output."""
     if node.op == "call_function":
         target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            return str(target._schema.name).split("::")[-1]
-        if isinstance(target, torch._ops.OpOverloadPacket):
+        if isinstance(target, OpOverload):
+            return str(schema_of(target).name).split("::")[-1]
+        if isinstance(target, OpOverloadPacket):
             return str(target.__name__)
         return str(getattr(target, "__name__", target))
     if node.op == "call_method":
@@ -111,7 +112,7 @@ def is_contraction(node: fx.Node) -> bool:
 def bodies_of(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that ``node``, a higher-order operator, runs: the branches of ``cond``, the body of ``while_loop``."""
     owner = node.graph.owning_module
-    if owner is None or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if owner is None or not isinstance(node.target, HigherOrderOperator):
         return []
     found = [getattr(owner, str(source.target), None) for source in node.all_input_nodes if source.op == "get_attr"]
     return [body for body in found if isinstance(body, fx.GraphModule)]
@@ -184,11 +185,11 @@ def keeps_identity(node: fx.Node) -> bool:
 
 def is_mutation(node: fx.Node) -> bool:
     """Whether ``node`` changes its first argument in place."""
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverloadPacket):
+    if node.op == "call_function" and isinstance(node.target, OpOverload):
+        return bool(schema_of(node.target).is_mutable)
+    if node.op == "call_function" and isinstance(node.target, OpOverloadPacket):
         overloads = [getattr(node.target, name) for name in node.target.overloads() if not name.endswith("out")]
-        return any(overload._schema.is_mutable for overload in overloads)
+        return any(schema_of(overload).is_mutable for overload in overloads)
     if isinstance(node.kwargs.get("out"), fx.Node):
         return True
     name = op_name(node)
@@ -211,10 +212,10 @@ def changed_by(node: fx.Node) -> tuple[fx.Node, ...]:
     if not is_mutation(node):
         return ()
     target = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+    if isinstance(target, OpOverloadPacket) and len(target.overloads()) == 1:
         target = getattr(target, target.overloads()[0])
-    if isinstance(target, torch._ops.OpOverload):
-        given = [argument(node, index, declared.name) for index, declared in enumerate(target._schema.arguments)
+    if isinstance(target, OpOverload):
+        given = [argument(node, index, declared.name) for index, declared in enumerate(schema_of(target).arguments)
                  if declared.alias_info is not None and declared.alias_info.is_write]
     else:
         given = [node.kwargs.get("out", node.args[0] if node.args else None)]
@@ -242,9 +243,9 @@ def viewed(node: fx.Node) -> fx.Node | None:
 def _returns_alias(name: str) -> bool:
     """Whether torch's own schemas say that an operator of this name may return its input's memory."""
     packet = getattr(torch.ops.aten, name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, OpOverloadPacket):
         return False
-    returns = [value for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]
+    returns = [value for overload in packet.overloads() for value in schema_of(getattr(packet, overload)).returns]
     return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
@@ -291,7 +292,7 @@ def has_one_name(target: fx.Node, mutation: fx.Node, order: dict[fx.Node, int]) 
 def is_mix(node: fx.Node) -> bool:
     """Whether ``node`` is an ``attnres::mix``."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "attnres" and op_name(node) == "mix"
+    return isinstance(target, OpOverload) and target.namespace == "attnres" and op_name(node) == "mix"
 
 
 def permutation_of(node: fx.Node) -> list[int]:

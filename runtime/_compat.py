@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Raise ValueError or TypeError unless a condition holds; as ``torch._check``, they know sizes that are symbols.
+check_value, check_type = torch._check_value, torch._check_type
+
 TESTED = (2, 11), (2, 15)  # the oldest and the newest release
 
 

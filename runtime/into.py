@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 
 from . import mix_norm, phases, reference
 from . import triton as triton_kernels
-from ._compat import below_autograd, in_forward_mode
+from ._compat import below_autograd, check_value, in_forward_mode
 from .mix import mix_composite, mix_results
 from .operators import LIBRARY, VARIANTS, Result, native_or, on_gpu, operator_of, tensors_in
 
@@ -50,7 +50,7 @@ class _Family:
         """
         results = self.results(*arguments)
         written = _written(outputs)
-        torch._check_value(len(written) == len(results), lambda: (
+        check_value(len(written) == len(results), lambda: (
             f"attnres::{self.base}_into writes {len(results)} tensors, got {len(written)} ({', '.join(written)})"))
         device = tensors_in(arguments)[0].device
         for (name, tensor), (shape, dtype) in zip(written.items(), results, strict=True):
@@ -60,7 +60,7 @@ class _Family:
         return list(written.values())
 
     def _check_value(self, name: str, what: str, got: object, expected: object) -> None:
-        torch._check_value(got == expected, lambda: (
+        check_value(got == expected, lambda: (
             f"attnres::{self.base}_into: {name} has {what} {got}, expected {expected}"))
 
     def check_layout(self, *arguments: Any, **outputs: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from . import triton as triton_kernels
-from ._compat import below_autograd, in_forward_mode, in_functorch_transform
+from ._compat import below_autograd, check_type, check_value, in_forward_mode, in_functorch_transform
 from .norm import Norm
 from .operators import (
     LIBRARY,
@@ -100,10 +100,10 @@ class Reading:
     def check(self) -> None:
         """Raise ValueError or TypeError for arguments that have no meaning."""
         reference.check_arguments(self.rows, self.query, self.key_gain, self.eps)
-        torch._check_value(len(self.sources) > 0, lambda: "attnres::mix_norm needs at least one source")
-        torch._check_value(self.query.ndim == 1, lambda: (
+        check_value(len(self.sources) > 0, lambda: "attnres::mix_norm needs at least one source")
+        check_value(self.query.ndim == 1, lambda: (
             f"attnres::mix_norm: query must be [d], got {tuple(self.query.shape)}"))
-        torch._check_value((self.mixed is None) == (self.lse is None), lambda: (
+        check_value((self.mixed is None) == (self.lse is None), lambda: (
             "attnres::mix_norm: give mixed and lse, or neither"))
         if self.lse is not None:
             reference.check_shape("lse", self.lse, self.sources[0].shape[:-1], "the positions of the sources")
@@ -132,7 +132,7 @@ def _reading(
     reading.check()
     if delta is not None:
         reference.check_shape("delta", delta, sources[-1].shape, "the shape of the source that it completes")
-        torch._check_type(delta.dtype == sources[-1].dtype, lambda: (
+        check_type(delta.dtype == sources[-1].dtype, lambda: (
             f"attnres::mix_norm: delta is {delta.dtype}, the source that it completes {sources[-1].dtype}"))
     return reading
 

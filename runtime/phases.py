@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from . import triton as triton_kernels
-from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
+from ._compat import any_requires_grad, below_autograd, check_value, in_forward_mode, in_functorch_transform
 from .operators import (
     LIBRARY,
     VARIANTS,
@@ -65,7 +65,7 @@ def _merge_defaults(*options: Any) -> tuple[float, float, bool, float]:
 def check_phase1(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, eps: float) -> None:
     """Raise ValueError or TypeError for arguments of phase 1 that have no meaning: those of the mix, and a lone query."""
     reference.check_arguments(sources, query, key_gain, eps)
-    torch._check_value(query.ndim == 2, lambda: f"attnres::mix_phase1: query must be [M, d], got {tuple(query.shape)}")
+    check_value(query.ndim == 2, lambda: f"attnres::mix_phase1: query must be [M, d], got {tuple(query.shape)}")
 
 
 def phase1_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
@@ -99,7 +99,7 @@ def _check_phase1_backward(
     """The tensors that receive a gradient, after a check of everything."""
     check_phase1(sources, query, key_gain, eps)
     count = query.shape[0]
-    torch._check_value(len(grads) == 2 * count, lambda: f"attnres::mix_phase1: {2 * count} gradients, got {len(grads)}")
+    check_value(len(grads) == 2 * count, lambda: f"attnres::mix_phase1: {2 * count} gradients, got {len(grads)}")
     shape = sources[0].shape
     for name, listed, expected in (("grad", grads[:count], shape), ("lse_grad", grads[count:], shape[:-1])):
         for grad in listed:
@@ -172,9 +172,9 @@ def check_phase2(
 ) -> None:
     """Raise ValueError or TypeError for arguments of phase 2 that have no meaning."""
     reference.check_arguments([*sources, mixed], query, key_gain, eps)
-    torch._check_value(len(sources) > 0, lambda: "attnres::mix_phase2 needs at least one source, got an empty list")
-    torch._check_value(query.ndim == 1, lambda: f"attnres::mix_phase2: query must be [d], got {tuple(query.shape)}")
-    torch._check_value(lse.shape == mixed.shape[:-1], lambda: (
+    check_value(len(sources) > 0, lambda: "attnres::mix_phase2 needs at least one source, got an empty list")
+    check_value(query.ndim == 1, lambda: f"attnres::mix_phase2: query must be [d], got {tuple(query.shape)}")
+    check_value(lse.shape == mixed.shape[:-1], lambda: (
         f"attnres::mix_phase2: lse has the shape {tuple(lse.shape)}, expected {tuple(mixed.shape[:-1])}"))
 
 
@@ -212,7 +212,7 @@ def _check_phase2_backward(
     *_: Any,
 ) -> list[Tensor]:
     check_phase2(mixed, lse, sources, query, key_gain, eps)
-    torch._check_value(grad.shape == mixed.shape, lambda: (
+    check_value(grad.shape == mixed.shape, lambda: (
         f"attnres::mix_phase2: grad has the shape {tuple(grad.shape)}, expected {tuple(mixed.shape)}"))
     return [mixed, lse, *sources, query] if key_gain is None else [mixed, lse, *sources, query, key_gain]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._compat import check_value
 from .into import define_into
 from .operators import LIBRARY, native_or, operator_of
 
@@ -23,7 +24,7 @@ _FACTORS = "Scalar beta=1, Scalar alpha=1"
 def _check(name: str, left: Tensor, right: Tensor, product_out: Tensor) -> None:
     """ValueError unless ``product_out`` has the shape and the dtype of the product: an ``out=`` would change its shape."""
     reference.check_shape("product_out", product_out, (left.shape[0], right.shape[1]), f"the product of attnres::{name}")
-    torch._check_value(product_out.dtype == left.dtype, lambda: (
+    check_value(product_out.dtype == left.dtype, lambda: (
         f"attnres::{name}: product_out has the dtype {product_out.dtype}, expected {left.dtype}"))
 
 

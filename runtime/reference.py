@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._compat import check_type, check_value
+
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -34,22 +36,22 @@ def check_arguments(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor |
     """
     if _are_plainly_right(sources, query, key_gain, eps):
         return
-    torch._check_value(len(sources) > 0, lambda: "attnres::mix needs at least one source, got an empty list")
+    check_value(len(sources) > 0, lambda: "attnres::mix needs at least one source, got an empty list")
     first = sources[0]
-    torch._check_value(first.ndim > 0, lambda: "attnres::mix: sources[0] is a scalar; a source has the shape [..., d]")
+    check_value(first.ndim > 0, lambda: "attnres::mix: sources[0] is a scalar; a source has the shape [..., d]")
     for position, source in enumerate(sources):
         _check_kind(f"sources[{position}]", source, first.device)
         check_shape(f"sources[{position}]", source, first.shape, "the shape of sources[0]")
     width = first.shape[-1]
-    torch._check_value(width > 0, lambda: "attnres::mix: the last dimension of the sources is empty")
-    torch._check_value(eps >= 0, lambda: f"attnres::mix: eps must not be negative, got {eps}")
+    check_value(width > 0, lambda: "attnres::mix: the last dimension of the sources is empty")
+    check_value(eps >= 0, lambda: f"attnres::mix: eps must not be negative, got {eps}")
 
     _check_kind("query", query, first.device)
-    torch._check_value(
+    check_value(
         query.ndim in (1, 2),
         lambda: f"attnres::mix: query must be [d] or [M, d], got {query.ndim} dimensions, shape {tuple(query.shape)}",
     )
-    torch._check_value(query.shape[0] > 0, lambda: f"attnres::mix: query is empty, shape {tuple(query.shape)}")
+    check_value(query.shape[0] > 0, lambda: f"attnres::mix: query is empty, shape {tuple(query.shape)}")
     check_shape("query", query, (*query.shape[:-1], width), "the width of the sources")
     if key_gain is not None:
         _check_kind("key_gain", key_gain, first.device)
@@ -83,11 +85,11 @@ def _are_plainly_right(sources: Sequence[Tensor], query: Tensor, key_gain: Tenso
 
 
 def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
-    torch._check_type(
+    check_type(
         tensor.dtype in SUPPORTED_DTYPES,
         lambda: f"attnres::mix: {name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}",
     )
-    torch._check_value(
+    check_value(
         tensor.device == device,
         lambda: f"attnres::mix: {name} is on {tensor.device}, sources[0] is on {device}",
     )
@@ -99,9 +101,9 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int], what: str) -> N
     def message() -> str:
         return f"attnres::mix: {name} has the shape {tuple(tensor.shape)}, expected {tuple(shape)} ({what})"
 
-    torch._check_value(tensor.ndim == len(shape), message)
+    check_value(tensor.ndim == len(shape), message)
     for size, expected in zip(tensor.shape, shape, strict=True):
-        torch._check_value(size == expected, message)
+        check_value(size == expected, message)
 
 
 def result_dtype(sources: Sequence[Tensor]) -> torch.dtype:

@@ -123,6 +123,13 @@ def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     assert [row["what"] for row in written if row["kind"] == "FAILED"] == ["none"]
 
 
+def test_checks_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    """Their results are taken over, and where each ended is said."""
+    rows = load_script("benchmarks/gpu.py").main(["--device", "cpu", "--out", str(tmp_path), "--only", "parallel=phases"])
+    assert [row["kind"] for row in rows] == ["machine", "phases", "job", "section"]
+    assert all(row.get("ok", True) for row in rows) and rows[1]["job"] == "values=phases"
+
+
 def test_plans_to_search_are_lines_of_the_table() -> None:
     """What is found on a GPU is printed as the table of configurations is written."""
     search = load_script("benchmarks/gpu_search.py")

@@ -152,6 +152,49 @@ def test_file(package: str, path: Path) -> None:
     assert "from __future__ import annotations" in text or len(text.splitlines()) < 8
 
 
+# The files that may touch torch's private interfaces, each with tests for a new release to pass.
+PRIVATE = {"passes/_compat.py", "passes/_dynamo.py", "passes/_distributed.py", "runtime/_compat.py"}
+# What stands elsewhere: where an nn.Module keeps its own children, parameters and buffers, whose names are as old as torch,
+# as a module that overrides attribute access is told by nothing else, and setattr would run its hooks.
+KNOWN = {"_modules", "_parameters", "_buffers"}
+# And a mark that is transformers' own.
+KNOWN.add("_hf_peft_config_loaded")
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Names with a leading underscore, and not a file's own, that it imports from torch or reaches in any object."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in found:
+            if name.startswith("torch") and any(part.startswith("_") for part in name.split(".")):
+                yield name
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls", "sys") and node.attr not in own | KNOWN:
+                yield f"{owner}.{node.attr}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            name = str(node.args[1].value) if isinstance(node.args[1], ast.Constant) else ""
+            if name.startswith("_") and not name.startswith("__") and name not in own | KNOWN:
+                yield name
+
+
+@pytest.mark.parametrize(("package", "path"), FILES, ids=[f"{package}/{path.name}" for package, path in FILES])
+def test_private_names_of_torch_stand_in_few_files(package: str, path: Path) -> None:
+    found = list(private_names(ast.parse(path.read_text(encoding="utf-8"))))
+    if f"{path.parent.name}/{path.name}" not in PRIVATE:
+        assert not found, f"{path.name}: move {found} to a module named _compat"
+
+
+def test_a_private_name_is_seen() -> None:
+    text = "import torch._ops\nfrom torch.utils import _pytree\ntorch._check(x)\nx._schema\ngetattr(x, '_code')\nself._own"
+    assert len(list(private_names(ast.parse(text)))) == 5
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     """The demo, tests and benchmarks run with exact releases: each constraint is a pin."""
     lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

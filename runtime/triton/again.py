@@ -16,7 +16,6 @@ from .forward import (
     load_keyed,
     load_rows,
     load_tile,
-    prefetch_rows,
     store_tile,
     tile_of,
     widen,
@@ -104,7 +103,6 @@ def mix_backward_again(
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
     TOGETHER: tl.constexpr,
-    STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
     EPS: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
@@ -116,7 +114,6 @@ def mix_backward_again(
     """All gradients of a mix of one query, of values as they are: arguments and results as of ``mix_backward``, with M = 1.
 
     grad [tokens, d] by stride. GROUP rows are loaded at once, TOGETHER sums taken at once.
-    With STAGES the rows of a program's next tile are asked for in advance, as by ``mix_forward``.
     """
     count: tl.constexpr = len(sources)
     groups: tl.constexpr = (count + GROUP - 1) // GROUP
@@ -129,10 +126,6 @@ def mix_backward_again(
     for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
         rows, columns = tile_of(tile, BLOCK_D, BLOCK_T)
         exists = rows < tokens
-        if STAGES > 0:
-            prefetch_rows(grad, grad_stride, tile + tl.num_programs(0), tokens, D, BLOCK_D, BLOCK_T, ALIGN)
-            for i in tl.static_range(count):
-                prefetch_rows(sources[i], strides[i], tile + tl.num_programs(0), tokens, D, BLOCK_D, BLOCK_T, ALIGN)
         raw_grad = load_rows(grad, grad_stride, rows, columns, tokens, D, ALIGN)
         scales = ()
         scores = ()

@@ -75,6 +75,12 @@ def parse_target(text: str) -> GPUTarget:
     raise OptionError(f"unknown target '{text}'", remedy=f"give one of {', '.join(TARGETS)}")
 
 
+def table(target_name: str) -> list[cases.Case]:
+    """What can be chosen on a target. Raises OptionError for an unknown one."""
+    target = parse_target(target_name)
+    return list(cases.cases(target.warp_size, int(target.arch) // 10 if target.backend == "cuda" else None))
+
+
 def compile_case(case: cases.Case, target_name: str) -> Row:
     """Compile one kernel for one target and read its binary.
 
@@ -137,7 +143,7 @@ def _read_cuda(cubin: bytes) -> tuple[int, int, Counter[int]]:
     registers = max(int(found) for found in re.findall(r"REG:(\d+)", usage.stdout + usage.stderr))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     loads: Counter[int] = Counter()
-    for suffixes in re.findall(r"\bLDG((?:\.\w+)*)", code):
+    for suffixes in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", code):
         width = next((w for part in suffixes.split(".")[::-1] if part and (w := _WIDTHS.get(part)) is not None), 4)
         loads[width] += width
     return registers, spills, loads

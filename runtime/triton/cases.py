@@ -146,8 +146,25 @@ class Case:
         return configs.split_tile(self.width, self.queries, warp_size)
 
 
-def cases(warp_size: int = 32) -> Iterator[Case]:
-    """Every kernel at every width with the most sources and queries the table gives a launch, and every option once."""
+def measured_cases(generation: int) -> Iterator[Case]:
+    """Every plan that was measured on a device generation, with each number of sources that it is for."""
+    for kind, width, least, most, _, plan in configs.MEASURED.get(generation, ()):
+        norm, ahead = kind.endswith("norm"), ("ahead",) if plan.stages else ()
+        for count in range(max(least, 2), most + 1):
+            for added in (False, True) if norm else (False,):
+                if kind.startswith("forward"):
+                    features = (*(("delta",) if added else ()), *(("rms",) if norm else ()), *ahead)
+                    yield Case("mix_forward", forward.mix_forward, width, count, features=features, chosen=plan)
+                else:
+                    features = (*(("prior of the last",) if added else ()), *(("rms",) if norm else ()))
+                    yield Case("mix_backward_again", again.mix_backward_again, width, count, features=features, chosen=plan)
+
+
+def cases(warp_size: int = 32, generation: int | None = None) -> Iterator[Case]:
+    """Every kernel at every width with the most sources and queries the table gives a launch, and every option once.
+
+    Those of ``measured_cases`` come last.
+    """
     for width in WIDTHS:
         for dtype in ("bf16", "fp32"):
             queries, normalized = (configs.forward_queries(width, TYPES[dtype], normalize) for normalize in (False, True))
@@ -167,6 +184,8 @@ def cases(warp_size: int = 32) -> Iterator[Case]:
             yield from _again_cases(width, dtype, warp_size)
         yield Case("mix_forward", forward.mix_forward, width, 9, dtype="fp16")
         yield Case("reduce_parameter_grads", backward.reduce_parameter_grads, width, 1, normalize=True)
+    if generation is not None:
+        yield from measured_cases(generation)
 
 
 def _backward_cases(width: int, dtype: str) -> Iterator[Case]:

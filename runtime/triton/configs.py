@@ -1,6 +1,7 @@
-"""How wide a tile, how many warps, how many sources and queries a launch takes: one fixed table, chosen by reasoning.
+"""How wide a tile, how many warps, how many sources and queries a launch takes: one fixed table.
 
-No GPU was at hand to measure on, so the rules are those that can be argued and checked in the compiled binaries:
+A few shapes were measured, on an H100 (``MEASURED``, and where a rule below says so). The others follow rules that can be
+argued and checked in the compiled binaries:
 
 - 16-byte loads: at least 16 bytes of a row in each thread.
 - The fewest warps that keep a program's values in registers: sums over a row cross warps only through shared memory and
@@ -37,9 +38,9 @@ class Plan:
     """How a kernel goes over rows.
 
     group: how many sources are loaded at once; together: of how many tiles sums over rows are taken at once. stages: 0
-    where a program of the forward works on one tile; else programs stay, ``resident`` of them on a multiprocessor, as those
-    of the backward always do, and ask for the rows of their next tiles in advance: for the cache (1), or, in the forward,
-    for shared memory (2 and more). registers: how many a thread may use on NVIDIA's; None: ``most_registers``.
+    where a program of the forward works on one tile; else (2 and more) programs stay, ``resident`` of them on a
+    multiprocessor, as those of the backward always do, and load the rows of their next tiles into shared memory in advance.
+    registers: how many a thread may use on NVIDIA's; None: ``most_registers``.
     """
 
     tile: Tile
@@ -143,16 +144,29 @@ def backward_tile(
     return tile(width, 8, warp_size) if count <= rows // queries else None
 
 
-# By device generation (the major number of NVIDIA's capability): kind, width, the most sources and the most tokens that a
-# plan is for, the plan. The first that fits is taken. Lines as ``benchmarks/gpu.py --only search`` prints them.
-MEASURED: dict[int, tuple[tuple[str, int, int, int, Plan], ...]] = {}
+# By device generation (the major number of NVIDIA's capability): kind, width, the least and the most sources and the most
+# tokens that a plan is for, the plan. The first that fits is taken. Lines as ``benchmarks/gpu.py --only search`` prints
+# them; the bounds between what was measured are drawn by hand. 9 is an H100: 5 sources of 128 tokens and 9 of 8192 (7168),
+# 9 of 1 and of 4096 (2048). Few tokens, which do not fill the device for long, want all rows of a token on their way at
+# once; many, of wide rows, those of the next token in shared memory. The backward with the norm was timed with rows asked
+# for in advance as well, which cost a sixth to a half elsewhere and is no more; the fastest, no faster, spilled.
+MEASURED: dict[int, tuple[tuple[str, int, int, int, int, Plan], ...]] = {
+    9: (("forward", 7168, 1, 9, 1024, Plan(Tile(8192, 1, 8), 5, 8)),
+        ("forward", 7168, 1, 9, 1 << 40, Plan(Tile(8192, 1, 8), 3, 8, 2)),
+        ("backward", 7168, 1, 9, 1 << 40, Plan(Tile(8192, 1, 8), 2, 8, registers=248)),
+        ("forward norm", 2048, 1, 9, 256, Plan(Tile(2048, 1, 4), 9, 8)),
+        ("backward norm", 2048, 5, 9, 1 << 40, Plan(Tile(2048, 1, 4), 3, 8, resident=2))),
+}
 
 
 def forward_plan(shape: Shape) -> Plan:
-    """Of ``mix_forward``."""
-    own = forward_tile(shape.width, shape.queries, shape.warp_size)
-    together = 8 if shape.capability is not None and own.warps > 1 else 1
-    return measured(shape) or Plan(own, forward_group(shape.width, shape.queries, shape.element), together)
+    """Of ``mix_forward``. Of rows wider than 4096 a thread holds 32 elements: a fifth faster than 16, measured at 7168."""
+    own, group = (forward_tile(shape.width, shape.queries, shape.warp_size),
+                  forward_group(shape.width, shape.queries, shape.element))
+    nvidia = shape.capability is not None
+    if nvidia and shape.width > 4096 and shape.plain and shape.queries == 1 and shape.element == 2:
+        own, group = tile(shape.width, 32, shape.warp_size), 3
+    return measured(shape) or Plan(own, group, 8 if nvidia and own.warps > 1 else 1)
 
 
 def again_plan(shape: Shape) -> Plan | None:
@@ -162,15 +176,17 @@ def again_plan(shape: Shape) -> Plan | None:
     A thread holds many elements, as each holds the scalars of all sources, too.
     """
     wide = shape.width > 4096
-    fits = shape.count <= (9 if wide else 10 if shape.norm else 12)
+    widest, short = (shape.element > 2 and within for within in (shape.width == MAX_WIDTH, shape.width <= 128))
+    fits = shape.count <= (7 if widest else 9 if wide else 8 if short and shape.norm else 10 if short or shape.norm else 12)
     if shape.norm and (wide or (shape.width > 2048 and shape.element > 2)):
         fits = False
     if shape.queries > 1 or not shape.plain or not fits or shape.warp_size != 32:
         return None  # addresses of so many rows, each read several times, do not fit into AMD's scalar registers
     own = tile(shape.width, 32 if wide else 16 if shape.width > 512 else 8, shape.warp_size)
-    nvidia = shape.capability is not None
-    return measured(shape) or Plan(own, 1 if shape.element > 2 else 2, 4 if nvidia and own.warps > 1 else 1, int(nvidia),
-                                   max(1, min(16, 8 // own.warps)))
+    together = 4 if shape.capability is not None and own.warps > 1 else 1
+    full = wide and shape.count > 8 and shape.width < own.block_d  # masks take the registers of the second row
+    return measured(shape) or Plan(own, 1 if shape.element > 2 or full else 2, together,
+                                   resident=max(1, min(16, 8 // own.warps)))
 
 
 def measured(shape: Shape) -> Plan | None:
@@ -178,8 +194,8 @@ def measured(shape: Shape) -> Plan | None:
     if not shape.plain or shape.queries > 1 or shape.element != 2 or shape.capability is None:
         return None
     kind = shape.kind + (" norm" if shape.norm else "")
-    for name, width, sources, tokens, found in MEASURED.get(shape.capability[0], ()):
-        if name == kind and width == shape.width and shape.count <= sources and shape.tokens <= tokens:
+    for name, width, least, most, tokens, found in MEASURED.get(shape.capability[0], ()):
+        if name == kind and width == shape.width and least <= shape.count <= most and shape.tokens <= tokens:
             return found
     return None
 

@@ -163,20 +163,6 @@ def add_group(
 
 
 @triton.jit
-def prefetch_rows(
-    base, stride, tile, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, ALIGN: tl.constexpr
-):
-    """Ask for the rows of a later tile to be in the second-level cache. By NVIDIA's devices only."""
-    step: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # elements of a line of 128 bytes
-    rows, _ = tile_of(tile, BLOCK_D, BLOCK_T)
-    rows = tl.minimum(rows, tokens - 1)
-    places = tl.minimum(tl.arange(0, (BLOCK_D + step - 1) // step) * step, D - 1)
-    addresses = (base + rows[:, None] * stride * ALIGN + places[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False,
-                              pack=1)
-
-
-@triton.jit
 def settle(tile):
     """The tile, computed here and not later: what a compiler holds back until the end takes registers until then."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [tile], dtype=tl.float32, is_pure=False, pack=1)
@@ -248,8 +234,8 @@ def mix_forward(
     TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Mix tiles of BLOCK_T tokens: one a program; where STAGES is not 0 several, whose rows are asked for in advance:
-    for the second-level cache (1), or loaded into shared memory, STAGES - 1 tiles ahead.
+    """Mix tiles of BLOCK_T tokens: one a program; where STAGES is not 0 several, whose rows are loaded into shared memory
+    STAGES - 1 tiles ahead.
 
     sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d]; gain [d],
     [M, d] or None.
@@ -261,8 +247,7 @@ def mix_forward(
     norm_gain, norm_bias [d] or None: of the consumer's norm, where NORM is "rms" or "layer" ("" for none).
     state_sums [2, M, tokens], state_rows [M, tokens, d] in ACC: maximum, sum and rows, carried from launch to launch where
     there are more sources than one launch takes: read unless FIRST, written (instead of outputs) unless LAST. GROUP sources
-    are loaded at once, TOGETHER sums over rows taken at once. For NVIDIA's
-    devices only.
+    are loaded at once, TOGETHER sums over rows taken at once; more than one, and STAGES, for NVIDIA's devices only.
     """
     columns = tl.arange(0, BLOCK_D)
     keyed = ()
@@ -273,14 +258,6 @@ def mix_forward(
                  delta_stride, partial_out, norm_gain, norm_bias, state_sums, state_rows, tokens, D, BLOCK_D, BLOCK_T, GROUP,
                  M, ALIGN, GAIN_PER_QUERY, EPS, LOGIT_SCALE, OUTPUT_FACTOR, NORMALIZE, NORM, NORM_EPS, FIRST, LAST, ACC,
                  TOGETHER, False)
-    elif STAGES == 1:
-        for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
-            for i in tl.static_range(len(sources)):
-                prefetch_rows(sources[i], strides[i], tile + tl.num_programs(0), tokens, D, BLOCK_D, BLOCK_T, ALIGN)
-            mix_tile(tile, keyed, sources, strides, gain, outputs, lses, early, early_stride, early_lse, delta, delta_stride,
-                     partial_out, norm_gain, norm_bias, state_sums, state_rows, tokens, D, BLOCK_D, BLOCK_T, GROUP, M, ALIGN,
-                     GAIN_PER_QUERY, EPS, LOGIT_SCALE, OUTPUT_FACTOR, NORMALIZE, NORM, NORM_EPS, FIRST, LAST, ACC, TOGETHER,
-                     False)
     else:
         for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0), num_stages=STAGES):
             mix_tile(tile, keyed, sources, strides, gain, outputs, lses, early, early_stride, early_lse, delta, delta_stride,

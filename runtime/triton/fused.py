@@ -1,7 +1,7 @@
 """Launch the Triton kernels for ``attnres::mix_norm`` and its backward, arguments checked in runtime/mix_norm.py.
 
 The kernels are those of the mix: the forward completes the partial sum as it reads it and norms the mix before it stores it;
-the backward computes the mix again. Importing this module imports triton. Not run on a GPU so far.
+the backward computes the mix again. Importing this module imports triton.
 """
 
 from __future__ import annotations

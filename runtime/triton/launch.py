@@ -1,7 +1,6 @@
 """Launch the Triton kernels: the host side of the mix, with the signatures of runtime/mix.py.
 
 Importing this module imports triton. It works on tensors of one device; on the CPU only under ``TRITON_INTERPRET=1``.
-Not run on a GPU so far.
 """
 
 from __future__ import annotations
@@ -266,8 +265,8 @@ def _backward_again(
         grad, problem.stride(grad), tuple(problem.sources), problem.strides(problem.sources), problem.query, problem.gain,
         tuple(source_grads), tuple(priors), partial, norm.weight if norm else None, norm.bias if norm else None,
         normed if norm else None, norm_partial, problem.tokens, **constants, EPS=problem.options.eps,
-        LOGIT_SCALE=problem.options.logit_scale, **_norm_constants(norm), GROUP=plan.group, TOGETHER=plan.together,
-        STAGES=plan.stages)
+        LOGIT_SCALE=problem.options.logit_scale, **_norm_constants(norm), GROUP=plan.group,
+        TOGETHER=plan.together)
     return partial, norm_partial
 
 

@@ -266,3 +266,28 @@ def test_older_releases_run_both_passes(missing: tuple[str, ...], monkeypatch: p
     passes = _compat.GraphPasses("ours", lambda graph: None, call=lambda graph: seen.append("ours"))
     _compat.run_inductor(fx.symbolic_trace(Small()), [], {"post_grad_custom_post_pass": Theirs()}, passes)
     assert seen == ["ours", "theirs"]
+
+
+def test_operators_and_schemas() -> None:
+    add = torch.ops.aten.add
+    assert isinstance(add, _compat.OpOverloadPacket) and isinstance(add.Tensor, _compat.OpOverload)
+    assert isinstance(torch.ops.higher_order.cond, _compat.HigherOrderOperator)
+    assert [argument.name for argument in _compat.schema_of(add.Tensor).arguments] == ["self", "other", "alpha"]
+    assert _compat.schema_of(torch.ops.aten.add_.Tensor).is_mutable
+
+
+def test_the_code_of_a_graph_can_be_carried() -> None:
+    one, other = fx.symbolic_trace(Small()).graph, fx.Graph()
+    assert type(_compat.codegen_of(one)) is fx.graph.CodeGen
+    assert _compat.tracer_of(one) is fx.Tracer and _compat.tracer_of(other) is None
+    _compat.copy_codegen(one, other)
+    assert _compat.codegen_of(other) is _compat.codegen_of(one)
+
+
+def test_settings_and_trees() -> None:
+    assert not _compat.captures_graphs()
+    assert _compat.mode_options("reduce-overhead") == {"triton.cudagraphs": True}
+    leaves, spec = _compat.pytree.tree_flatten(((1, 2), {"a": [3]}))
+    assert leaves == [1, 2, 3] and _compat.pytree.tree_unflatten(leaves, spec) == ((1, 2), {"a": [3]})
+    assert _compat.pytree.tree_map(lambda number: -number, [1, (2,)]) == [-1, (-2,)]
+    _compat.trace_structured("artifact", metadata_fn=lambda: {"name": "test", "encoding": "string"}, payload_fn=lambda: "")

@@ -193,3 +193,7 @@ def test_gradients_asked_of_what_a_graph_computes_are_passed_over_where_we_trace
     assert len(graphs) == 1 and torch.equal(value, expected)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="requires_grad_"):  # afterwards as before
         traced(plain, x, fullgraph=True)
+
+
+def test_the_limit_of_recompiles() -> None:
+    assert _dynamo.recompile_limit() == torch._dynamo.config.recompile_limit > 1

@@ -22,7 +22,8 @@ from attnres_fx.errors import KernelError
 from attnres_fx.runtime import costs, reference
 from attnres_fx.runtime.mix import MIX_TRITON
 from attnres_fx.runtime.norm import Norm
-from attnres_fx.runtime.triton import again, configs, forward, fused, launch, phases
+from attnres_fx.runtime.triton import configs, forward, fused, launch, phases
+from attnres_fx.runtime.triton import problem as preparation
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
 FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]
@@ -221,8 +222,9 @@ def test_the_operator() -> None:
     torch.testing.assert_close(grads, wanted)
 
 
-PLANS = (configs.Plan(configs.Tile(16, 2, 1), 3, 1), configs.Plan(configs.Tile(16, 1, 1), 9, 8, 1),
-         configs.Plan(configs.Tile(16, 4, 1), 2, 4, 2), configs.Plan(configs.Tile(16, 1, 1), 4, 2, 1, 2))
+PLANS = (configs.Plan(configs.Tile(16, 2, 1), 3, 1), configs.Plan(configs.Tile(16, 1, 1), 9, 8),
+         configs.Plan(configs.Tile(16, 4, 1), 2, 4, 2), configs.Plan(configs.Tile(16, 1, 1), 4, 2, 3, 2),
+         *(dataclasses.replace(line[-1], tile=configs.Tile(16, 1, 1)) for line in configs.MEASURED[9]))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -230,10 +232,22 @@ PLANS = (configs.Plan(configs.Tile(16, 2, 1), 3, 1), configs.Plan(configs.Tile(1
 def test_plans_that_are_measured(plan: configs.Plan, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the table may hold: programs that stay, sums taken together. What only NVIDIA's devices know does nothing."""
     monkeypatch.setattr(forward, "settle", lambda tile: tile)
-    for module in (forward, again):
-        monkeypatch.setattr(module, "prefetch_rows", lambda *_: None)
     monkeypatch.setattr(configs, "measured", lambda _: plan)
     check(*make(count, (11, 12), torch.float32, gain="same"), FAMILY[1], again=True)
+
+
+def test_what_was_measured_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which plan of the table which shape chooses. (On wide rows the interpreter would take minutes for their values.)"""
+    monkeypatch.setattr(preparation, "capability", lambda _: (9, 0))
+    few, many, backward, few_norm, backward_norm = (line[-1] for line in configs.MEASURED[9])
+    for tokens, count, width, forward_plan, norm_plan, again_plan in (
+            (128, 5, 7168, few, None, backward), (1024, 9, 7168, few, None, backward), (1025, 9, 7168, many, None, backward),
+            (8192, 2, 7168, many, None, backward), (1, 9, 2048, None, few_norm, None), (257, 4, 2048, None, None, None)):
+        problem = launch.Problem.of([torch.empty(tokens, width, dtype=torch.bfloat16)] * count, torch.empty(width), None,
+                                    launch.Options(*DEFAULTS))
+        kinds = (("forward", False), ("forward", True), ("backward", False), ("backward", True))
+        found = [configs.measured(problem.shape(*kind)) for kind in kinds]
+        assert found == [forward_plan, norm_plan, again_plan, backward_norm if (width, count) == (2048, 9) else None]
 
 
 # Traffic

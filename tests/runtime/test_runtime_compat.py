@@ -66,3 +66,12 @@ def test_a_release_that_was_not_tested_is_named(version: str, said: bool) -> Non
         warnings.simplefilter("always")
         _compat.warn_of_untested(version)
     assert [version in str(each.message) for each in caught] == [True] * said
+
+
+def test_checks_raise_what_they_are_named_for() -> None:
+    _compat.check_value(True, lambda: "no")
+    _compat.check_type(True, lambda: "no")
+    with pytest.raises(ValueError, match="a value"):
+        _compat.check_value(False, lambda: "a value")
+    with pytest.raises(TypeError, match="a type"):
+        _compat.check_type(False, lambda: "a type")

@@ -171,9 +171,9 @@ def test_a_binary_of_the_phases_and_of_norms(phase: str, kernel: str, count: int
 @pytest.mark.binaries
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_every_binary(target: str) -> None:
-    from attnres_fx.runtime.triton import aot, cases
+    from attnres_fx.runtime.triton import aot
 
-    for case in cases.cases(aot.parse_target(target).warp_size):
+    for case in aot.table(target):
         _check(aot.compile_case(case, target).to_dict())
 
 
