@@ -1,5 +1,5 @@
 # One virtual environment in the checkout, made once; every target runs in it.
-#   make demo | test | test-slow | test-zoo | test-binaries | support | lint | benchmark | gpu-bundle | wheel | clean      ARGS="..." is handed on to the program.
+#   make demo | test | test-slow | test-many | test-zoo | test-binaries | support | lint | benchmark | gpu-bundle | wheel | clean      ARGS="..." is handed on to the program.
 
 PYTHON ?= python3
 ARGS ?=
@@ -19,7 +19,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 
 # A copy of the package as users get it. mypy does not follow the finder of an editable installation.
 TYPED := build/typed
 
-.PHONY: demo test test-slow test-zoo test-binaries support lint benchmark gpu-bundle wheel clean
+.PHONY: demo test test-slow test-many test-zoo test-binaries support lint benchmark gpu-bundle wheel clean
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py $(ARGS)
@@ -29,6 +29,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(SHARED) -m slow $(ARGS)
+
+test-many: $(STAMP)
+	$(SHARED) -m many tests/passes $(ARGS)
 
 test-zoo: $(STAMP)
 	$(SHARED) -m zoo tests/zoo $(ARGS)

@@ -156,13 +156,13 @@ def test_random_networks(spec: Spec) -> None:
     check(spec)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", range(4))
+@pytest.mark.many
+@pytest.mark.parametrize("shard", range(10))
 def test_many_random_networks(shard: int) -> None:
     """1,000 networks, the same ones in every run; :mod:`test_compiled_networks` takes 2,000 others through AOTAutograd."""
 
     @seed(shard)
-    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(SPECS)
     def run(spec: Spec) -> None:
         check(spec)
