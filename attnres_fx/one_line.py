@@ -187,7 +187,7 @@ def _refuse_pieces(gm: fx.GraphModule, streams: list[Stream]) -> None:
         if start.op == "placeholder" and leaves_raw:
             broken = skipped_frame()
             if broken is not None:
-                raise _cut(*broken, what="the model, layer by layer")
+                raise _cut(*broken, what="the model, layer by layer (torch.compile(..., fullgraph=True) names the line)")
             raise OneLineError(
                 f"the residual stream crosses the border of what is compiled: it comes in as '{start.name}' and goes out "
                 "unnormalised, as in one layer of a larger model", place=stream.layers[0].place,
