@@ -52,11 +52,11 @@ def refuse_unreduced(parameters: Mapping[str, Tensor]) -> None:
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     wrappers = calling_modules() if trained else []
     for name, parameter in trained.items():
-        known = {wrapper_name(wrapper): reduces(wrapper, parameter) for wrapper in wrappers}
-        known = {wrapper: reduced for wrapper, reduced in known.items() if reduced is not None}
-        if known and not any(known.values()):
+        known = [(wrapper, reduces(wrapper, parameter)) for wrapper in wrappers]
+        leaving = [wrapper_name(wrapper) for wrapper, reduced in known if reduced is False]
+        if leaving and not any(reduced for _, reduced in known):
             raise UnreducedGradientsError(
-                f"the gradient of the {name} would not be added up over the processes: {next(iter(known))} around the model "
+                f"the gradient of the {name} would not be added up over the processes: {leaving[0]} around the model "
                 "does not know this parameter, because it was told to ignore it or was put around the model before its "
                 "conversion",
                 remedy="convert the model before it is wrapped, wrap the whole of it, and let no parameter of model.attnres "

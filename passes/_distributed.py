@@ -20,11 +20,14 @@ def in_parallel() -> bool:
 
 
 def calling_modules() -> list[nn.Module]:
-    """The modules whose methods are running, innermost first: the ``self`` of every frame on the stack."""
+    """The modules whose methods are running, innermost first: the ``self`` of every frame on the stack.
+
+    The locals of other frames are not asked for: Python would hold on to what they name, a caller's loss, say.
+    """
     found: dict[int, nn.Module] = {}
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        owner = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
         if isinstance(owner, nn.Module):
             found.setdefault(id(owner), owner)
         frame = frame.f_back

@@ -27,7 +27,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     (r"PagedAttentionCache|continuous_batching",
      "the paged cache of generate_batch is written by code that is kept out of graphs. Call model.generate, for steps of "
      "one size with cache_implementation='static'"),
-    (r"_fully_shard/|_fsdp_",
+    (r"distributed/fsdp/_fully_shard/",
      "fully_shard on single layers gathers weights in hooks between them, which no graph can hold. Call "
      "fully_shard(model) on the whole model alone: it is gathered once a call"),
     (r"use_orig_params=False",
@@ -36,7 +36,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
      "convert the model first, then wrap it: DistributedDataParallel(attnres_fx.convert(model, ...))"),
     (r"nn/parallel/data_parallel\.py",
      "DataParallel copies the model at every call. Use DistributedDataParallel, around the converted model"),
-    (r"functorch",
+    (r"functorch tracing",
      "transforms of torch.func go around a compiled function, not around a converted model: "
      "torch.compile(torch.func.grad(loss), backend='attnres')"),
     (r"ContextVar",

@@ -7,32 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from handed import Small, traced
 from torch import Tensor, fx, nn
 
 from attnres_fx.passes import _dynamo
 from attnres_fx.passes.capture import capture
 from attnres_fx.runtime.errors import PlainPathError
 from attnres_fx.runtime.marker import ENTER
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
-
-
-def traced(module: nn.Module, *args: Any, backend: Any = None, **settings: Any) -> tuple[list[fx.GraphModule], Tensor]:
-    graphs: list[fx.GraphModule] = []
-
-    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(gm)
-        return gm.forward if backend is None else backend(gm, inputs)
-
-    torch._dynamo.reset()
-    return graphs, torch.compile(module, backend=keep, **settings)(*args)
 
 
 def test_inner_error_is_taken_out_of_the_wrapper() -> None:
