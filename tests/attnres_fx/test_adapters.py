@@ -263,7 +263,7 @@ def test_a_release_that_cannot_name_modules_is_told_of(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("checkpoint", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["new", "reentrant"])
-@pytest.mark.parametrize("hooked_first", [False, True])
+@pytest.mark.parametrize("hooked_first", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_adapter_is_trained_with_checkpointed_layers(checkpoint: Any, hooked_first: bool, compiled: bool) -> None:
     base = llama()

@@ -66,6 +66,7 @@ def test_the_arena_is_the_plan(num_blocks: int, planned: list[Arena]) -> None:
     assert num_blocks == LAYERS or {row.node for row in opening} <= {place.row.over for place in arena.places}
 
 
+@pytest.mark.slow
 def test_the_arena_is_the_plan_of_two_streams_in_two_phases(planned: list[Arena]) -> None:
     """Of an encoder and a decoder of unlike lengths, whose rows share what they use one after the other."""
     model, _, given = models.CASES["t5"].build()

@@ -40,7 +40,9 @@ def test_what_is_returned_lies_elsewhere(pools: list[weakref.ref[ArenaPool]]) ->
     assert held(pools[0]) <= 4 * 2 * 7 * WIDTH * 4
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("around", [
+    torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow),
+    lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_modes(around: Callable[[], Any]) -> None:
     model = tower()
     for parameter in model.parameters():

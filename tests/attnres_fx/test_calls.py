@@ -597,7 +597,8 @@ def ending_of(c: Converted, plain: Tensor, function: Callable[[Converted], Tenso
     return ("plain" if models.relative(result, plain) < 2e-5 else "neither"), ""
 
 
-@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name == "compiled_dynamic" else ()) for name in ROWS])
 def test_every_way_ends_rewritten_or_raised(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if name.startswith(("distributed", "fully_sharded")):
         request.getfixturevalue("group")

@@ -225,6 +225,7 @@ def test_dynamically_quantised_modules_are_refused(before: bool) -> None:
         lambda: llama(quantised) if before else quantised(models.token_ids(), **CALL))
 
 
+@pytest.mark.slow
 def test_a_paged_cache_is_refused() -> None:
     transformers = pytest.importorskip("transformers")
     settings = transformers.GenerationConfig(max_new_tokens=2, pad_token_id=0, eos_token_id=63, do_sample=False)
@@ -251,7 +252,7 @@ def one_process() -> Iterator[Any]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_layers_sharded_one_by_one_are_refused_and_whole_models_run(one_process: Any, compiled: bool) -> None:
     from torch.distributed.fsdp import fully_shard
 

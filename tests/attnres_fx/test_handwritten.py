@@ -96,7 +96,8 @@ def test_recompiled_for_another_length_and_under_inductor(compiled_graphs: list[
     assert all(len(mixes(graph)) == model.num_mixes() for graph in compiled_graphs)
 
 
-@pytest.mark.parametrize("convention", ["empty", "none", "zeros", "cumulative"])
+@pytest.mark.parametrize("convention", [
+    "empty", pytest.param("none", marks=pytest.mark.slow), "zeros", pytest.param("cumulative", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["cat-2", "list", "sigmoid", "l2", "eps-outside"])
 def test_neither_a_mix_nor_a_near_miss_is_converted(
     name: str, convention: str, compiled_graphs: list[fx.GraphModule]

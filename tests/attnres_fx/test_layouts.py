@@ -80,7 +80,8 @@ def test_one_layout(layout: str, start: str, planned: list[Arena]) -> None:
 
 
 @pytest.mark.parametrize("start", ["plain", "sequence first"])
-@pytest.mark.parametrize("blocks", [1, 4, len(LAYOUTS) - 1])
+@pytest.mark.parametrize("blocks", [
+    pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(len(LAYOUTS) - 1, marks=pytest.mark.slow)])
 def test_all_layouts_in_turn(blocks: int, start: str, planned: list[Arena]) -> None:
     torch.manual_seed(0)
     chosen = [layout for layout in LAYOUTS if layout != "viewed"]  # which refuses what the others leave behind
@@ -89,7 +90,7 @@ def test_all_layouts_in_turn(blocks: int, start: str, planned: list[Arena]) -> N
     assert sum(len(arena.places) for arena in planned) > len(chosen)  # nothing is right because nothing was placed
 
 
-@pytest.mark.parametrize("start", ["plain", "sequence first", "sliced"])
+@pytest.mark.parametrize("start", ["plain", pytest.param("sequence first", marks=pytest.mark.slow), "sliced"])
 def test_what_is_returned_or_read_late(start: str) -> None:
     torch.manual_seed(0)
     model = converted(Network("swapped_bare", "viewed" if start == "plain" else "sliced", start=start, hidden=True), ids(),
@@ -103,7 +104,8 @@ def test_what_is_returned_or_read_late(start: str) -> None:
     check(converted(Network("swapped_bare", "sliced", start=start, late=True), ids(), num_blocks=2), ids(), training=False)
 
 
-@pytest.mark.parametrize("blocks, batch_first", [(1, True), (3, True), (6, True), (3, False)])
+@pytest.mark.parametrize("blocks, batch_first", [
+    (1, True), (3, True), pytest.param(6, True, marks=pytest.mark.slow), pytest.param(3, False, marks=pytest.mark.slow)])
 def test_an_encoder_of_torch(blocks: int, batch_first: bool) -> None:
     torch.manual_seed(0)
     given = torch.randn(2, 12, WIDTH)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("parallel_modes.py")
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")]
 
 
 @pytest.fixture(scope="module")

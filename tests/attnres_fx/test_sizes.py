@@ -69,7 +69,7 @@ def ids(batch: int = 2, length: int = 11) -> Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(batch + length))
 
 
-@pytest.mark.parametrize("kind", [Routed, Selected])
+@pytest.mark.parametrize("kind", [pytest.param(Routed, marks=pytest.mark.slow), Selected])
 def test_a_size_that_only_the_call_tells(kind: Any) -> None:
     torch.manual_seed(0)
     model = kind()

@@ -149,7 +149,8 @@ def test_a_rewritten_program_is_held_to_its_plan(
 
 
 @pytest.mark.parametrize("kind, expected", [
-    ("llama", [("stream", "model", 4)]), ("t5", [("encoder", "encoder", 4), ("decoder", "decoder", 6)]),
+    ("llama", [("stream", "model", 4)]),
+    pytest.param("t5", [("encoder", "encoder", 4), ("decoder", "decoder", 6)], marks=pytest.mark.slow),
 ])
 def test_hugging_face_programs(kind: str, expected: list[tuple[str, str, int]], tmp_path: Path) -> None:
     model = hugging_face(kind)

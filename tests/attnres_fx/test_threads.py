@@ -85,6 +85,7 @@ def test_many_threads_call_two_models_cold_and_warm(make: Callable[[nn.Module], 
     together(*calls)  # warm
 
 
+@pytest.mark.slow
 def test_a_model_serves_while_others_are_converted_and_compiled() -> None:
     model = tower()
     fast = compiled(model, downstream="eager")

@@ -75,6 +75,7 @@ def test_gradients_by_inputs(model: Any, transform: Any) -> None:
     assert models.relative(found, gradient(model, given())) < 1e-12
 
 
+@pytest.mark.slow
 def test_second_derivatives(model: Any) -> None:
     x, step = given(), 1e-6
     found = compiled(lambda x: torch.func.hessian(lambda y: loss(model(y)))(x), AOT)(x)

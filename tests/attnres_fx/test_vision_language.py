@@ -79,7 +79,9 @@ def check(model: Any, call: dict[str, Any], plain: Tensor) -> None:
     assert torch.equal(with_cache, without)
 
 
-@pytest.mark.parametrize("streams", [["encoder"], ["language_model"], ["encoder", "language_model"]], ids=len)
+@pytest.mark.parametrize("streams", [
+    ["encoder"], pytest.param(["language_model"], marks=pytest.mark.slow),
+    pytest.param(["encoder", "language_model"], marks=pytest.mark.slow)], ids=len)
 def test_streams_of_two_towers(streams: list[str]) -> None:
     original, call = llava()
     model = copy.deepcopy(original)

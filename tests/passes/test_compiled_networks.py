@@ -141,7 +141,7 @@ def test_wrong_gradients_are_seen() -> None:
         check_both(network, right, wrong, right, inputs, {}, bound)
 
 
-@pytest.mark.parametrize("check", [check_compiled, check_backend])
+@pytest.mark.parametrize("check", [check_compiled, pytest.param(check_backend, marks=pytest.mark.slow)])
 def test_random_networks_through_inductor(check: Check) -> None:
     run_random(check, by_inductor, 5, 100 + (check is check_backend))
 

@@ -104,7 +104,7 @@ def test_injections_become_sums(name: str, tracer: str) -> None:
     assert injections_graph(gm.graph) == 0 and str(gm.graph) == once
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("watched", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", INJECTIONS)
 def test_injections_are_terms_and_no_layers(name: str, watched: bool) -> None:
     if watched and name in ("in place", "index_add_"):

@@ -44,7 +44,7 @@ def trained(gm: fx.GraphModule, inputs: list[Any], leaves: list[Tensor], joint: 
     return [*floats, *torch.autograd.grad(loss, leaves, allow_unused=True)], kept
 
 
-@pytest.mark.parametrize("mix_scale", ["paper", "sum"])
+@pytest.mark.parametrize("mix_scale", ["paper", pytest.param("sum", marks=pytest.mark.slow)])
 def test_a_layer_keeps_its_partial_sum_alone(mix_scale: str) -> None:
     num_layers, shape = 2, (2, 16)
     gm, inputs, leaves = rewritten(num_layers, 4, mix_scale=mix_scale, shape=shape, dtype=torch.float32)
@@ -118,7 +118,7 @@ def test_twice_is_once() -> None:
     assert str(after) == text
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_models_train_alike(checkpointing: bool) -> None:
     results = []
     for fuse in ("never", "always"):

@@ -228,7 +228,7 @@ PLANS = (configs.Plan(configs.Tile(16, 2, 1), 3, 1), configs.Plan(configs.Tile(1
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("count", [2, 5, 9])
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)])
 def test_plans_that_are_measured(plan: configs.Plan, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the table may hold: programs that stay, sums taken together. What only NVIDIA's devices know does nothing."""
     monkeypatch.setattr(forward, "settle", lambda tile: tile)
@@ -366,7 +366,8 @@ def test_partial_sum_and_norm_in_the_forward(kind: str) -> None:
 
 @pytest.mark.parametrize("downstream, schedule, stems", [
     pytest.param("aot_eager", "one-pass", ["mix"], marks=pytest.mark.slow),
-    ("inductor", "one-pass", ["mix_norm"]), ("inductor", "two-phase", ["mix_phase1", "mix_norm"])])
+    ("inductor", "one-pass", ["mix_norm"]),
+    pytest.param("inductor", "two-phase", ["mix_phase1", "mix_norm"], marks=pytest.mark.slow)])
 def test_a_compiled_llama_runs_them(
     downstream: str, schedule: str, stems: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
