@@ -1,5 +1,7 @@
 # One virtual environment in the checkout, made once; every target runs in it.
-#   make demo | test | test-slow | test-many | test-zoo | test-binaries | support | lint | benchmark | gpu-bundle | wheel | clean      ARGS="..." is handed on to the program.
+#   make demo | test | test-slow | test-many | test-zoo | test-binaries | support | lint | benchmark | gpu-bundle | wheel | clean
+# ARGS="..." is handed on to the program. TORCH=2.15.0 runs it with another release of torch, in an environment of its own (some
+# 5 GB: the registry's torch for CUDA).
 
 PYTHON ?= python3
 ARGS ?=
@@ -9,13 +11,19 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # Threads that wait must not spin: where other programs share the cores, spinning costs more than the work (10 x, seen).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-VENV := .venv
+PINNED := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
+TORCH ?= $(PINNED)
+VENV := .venv$(if $(filter-out $(PINNED),$(TORCH)),-torch-$(TORCH))
 RUN := $(VENV)/bin/python
 SHARED = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 # Another pyproject.toml or constraints.txt is another stamp, so that a changed pin installs and nothing else does.
+comma := ,
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
-PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet
+CONSTRAINTS := $(CURDIR)/$(if $(filter .venv,$(VENV)),constraints.txt,$(VENV)/constraints.txt)
+PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet
+# With another release, torch decides about Triton and setuptools. Triton 3.6's interpreter fails with NumPy 2.4 and newer.
+OTHERS := -e '/^triton==/d' -e '/^setuptools==/d' -e 's/^numpy==.*>=.*/numpy==2.3.5; python_version >= "3.11"/' \
+	-e 's/^torch==.*/torch==$(TORCH)/'
 # A copy of the package as users get it. mypy does not follow the finder of an editable installation.
 TYPED := build/typed
 
@@ -60,7 +68,7 @@ wheel: $(STAMP)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(RUN) -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) .gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* .gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 define CHECK
 import os, shutil, sys, sysconfig
@@ -82,9 +90,11 @@ export CHECK
 
 $(STAMP):
 	@$(PYTHON) -c "$$CHECK"
-	@echo "Making $(VENV) (once; torch is some 200 MB)"
+	@echo "Making $(VENV) (once; torch $(TORCH))"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
-	$(PIP) --editable ".[test,lint]"
+	$(if $(filter .venv,$(VENV)),,sed $(OTHERS) constraints.txt >$(CONSTRAINTS))
+	$(PIP) "torch==$(TORCH)"
+	$(PIP) --editable ".[$(if $(filter .venv,$(VENV)),test$(comma)lint,test)]"
+	$(RUN) -c "import torch; assert torch.__version__.split('+')[0] == '$(TORCH)', torch.__version__"
 	@rm -f $(VENV)/.installed-*
 	@touch $@

@@ -102,12 +102,12 @@ def _reference(family: _Family, *arguments: Any, **outputs: Any) -> None:
 
 
 def _triton(family: _Family, *arguments: Any, **outputs: Any) -> None:
-    family.check_layout(*arguments, **outputs)
     partial: Tensor | None = outputs.get("partial_out")
-    if partial is not None and arguments[0][-1].data_ptr() == partial.data_ptr() and not arguments[0][-1].is_contiguous():
+    last = arguments[0][-1] if partial is not None and arguments[0] else None
+    if partial is not None and last is not None and last.data_ptr() == partial.data_ptr() and not last.is_contiguous():
         raise ValueError("attnres::mix_norm_into: partial_out lies where the last source does, whose elements lie there in "
                          "another order")
-    family.triton(*arguments, **outputs)
+    family.triton(*arguments, **outputs, check=family.check_layout)
 
 
 def _fake(family: _Family, *arguments: Any, **outputs: Any) -> None:
@@ -116,15 +116,16 @@ def _fake(family: _Family, *arguments: Any, **outputs: Any) -> None:
 
 def _below_autograd(name: str, *arguments: Any, **outputs: Any) -> None:
     """Raise RuntimeError where a gradient or a tangent would be lost, else run what is below autograd."""
-    tensors = tensors_in([*arguments, *outputs.values()])
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        _refuse(name)
-    if in_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        _refuse(name)
+    if torch.is_grad_enabled() or in_forward_mode():
+        tensors = tensors_in([*arguments, *outputs.values()])
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            _refuse(name)
+        if in_forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            _refuse(name)
     # Autograd finds out by the version that a tensor it has saved was written.
-    increment_version([tensor for tensor in _written(outputs).values() if not tensor.is_inference()])
+    increment_version([tensor for tensor in tensors_in(list(outputs.values())) if not tensor.is_inference()])
     with below_autograd():
-        getattr(torch.ops.attnres, name).default(*arguments, **outputs)
+        operator_of(name)(*arguments, **outputs)
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> None:

@@ -205,13 +205,11 @@ def _backward_fake(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> lis
 def _triton(
     sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    _reading(sources, query, key_gain, delta, *rest)
-    return triton_kernels.mix_norm(sources, query, key_gain, delta, *rest)
+    return triton_kernels.mix_norm(sources, query, key_gain, delta, *rest, check=_reading)
 
 
 def _backward_triton(grad: Tensor, partial_grad: Tensor | None, *rest: Any) -> list[Tensor]:
-    _checked(grad, partial_grad, *rest)
-    return triton_kernels.mix_norm_backward(grad, partial_grad, *rest)
+    return triton_kernels.mix_norm_backward(grad, partial_grad, *rest, check=_checked)
 
 
 class _MixNorm(torch.autograd.Function):

@@ -6,6 +6,7 @@ are named after; ``name_autograd`` is ``name``, entered where autograd has somet
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ VARIANTS = ("", "_reference", "_triton")
 Result = tuple[Sequence[int], torch.dtype]  # the shape and the dtype of one
 
 
+@functools.cache
 def operator_of(base: str, variant: str = "") -> Any:
     """The overload of ``attnres::<base><variant>``."""
     return getattr(torch.ops.attnres, base + variant).default

@@ -280,8 +280,8 @@ def _phase2_autograd(
 
 def _phase1_triton(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> list[Tensor]:
     options = _read_defaults(*options)
-    check_phase1(sources, query, key_gain, options[0])
-    return triton_kernels.mix_phase1(sources, query, key_gain, *options)
+    return triton_kernels.mix_phase1(
+        sources, query, key_gain, *options, check=lambda *_: check_phase1(sources, query, key_gain, options[0]))
 
 
 def _phase1_backward_triton(
@@ -295,8 +295,9 @@ def _phase2_triton(
     mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> Tensor:
     options = _merge_defaults(*options)
-    check_phase2(mixed, lse, sources, query, key_gain, options[0])
-    return triton_kernels.mix_phase2(mixed, lse, sources, query, key_gain, *options)
+    return triton_kernels.mix_phase2(
+        mixed, lse, sources, query, key_gain, *options,
+        check=lambda *_: check_phase2(mixed, lse, sources, query, key_gain, options[0]))
 
 
 def _phase2_backward_triton(

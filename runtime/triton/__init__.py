@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,13 @@ from torch import Tensor
 from attnres_fx.runtime.errors import KernelError
 
 from .configs import MAX_WIDTH
+from .recipes import device_guard, keep, recipes, signature
+
+Check = Callable[..., Any]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """For arguments that were checked."""
 
 
 @functools.cache
@@ -63,66 +70,161 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"attnres::mix runs as plain torch operations, several times slower: {reason}", stacklevel=2)
 
 
-def mix(
-    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, mixed_out: Tensor | None = None
-) -> Tensor:
-    """``attnres::mix`` by the Triton kernels. Raises KernelError where they cannot run, and what the mix raises.
+# The operators, each with the arguments of its namesake in runtime/: by a recipe where the like was launched before, else
+# with all checks. They raise KernelError where the kernels cannot run. ``check`` is called with the arguments, and the
+# outputs by name, before they are used; results are written to the tensors given for them, contiguous, else to new ones.
 
-    Here and below, results are written to the tensors given for them, checked and contiguous; else to new ones.
-    """
-    return _launcher(query).mix(sources, query, key_gain, *options, mixed_out=mixed_out)
+
+def mix(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, mixed_out: Tensor | None = None,
+    check: Check = _nothing,
+) -> Tensor:
+    """``attnres::mix``."""
+    like = signature("mix", options, [*sources, query, key_gain, mixed_out])
+    for recipe in recipes(like):
+        output = recipe.empty(query.device)[0] if mixed_out is None else mixed_out
+        with device_guard(query):
+            recipe.launch(tuple(sources), query, key_gain, (output,) if query.ndim == 1 else output.unbind(0))
+        return output
+    check(sources, query, key_gain, *options, **_given(mixed_out=mixed_out))
+    launched: list[Any] = []
+    made: Tensor = _launcher(query).mix(sources, query, key_gain, *options, mixed_out=mixed_out, launched=launched)
+    keep(like, launched, [made], sources, [query, key_gain])
+    return made
 
 
 def mix_backward(
     grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> list[Tensor]:
-    """``attnres::mix_backward`` by the Triton kernels, likewise."""
-    return _launcher(query).mix_backward(grad, sources, query, key_gain, *options)
+    """``attnres::mix_backward``."""
+    like = signature("mix_backward", options, [grad, *sources, query, key_gain])
+    for recipe in recipes(like):
+        count = len(sources)
+        made = recipe.empty(query.device)
+        gain_grad = None if key_gain is None else made[count + 1]
+        with device_guard(query):
+            recipe.launch((grad,) if query.ndim == 1 else grad.unbind(0), tuple(sources), query, key_gain,
+                          tuple(made[:count]), made[count], gain_grad, (None,) * count)
+        return made
+    launched: list[Any] = []
+    made = _launcher(query).mix_backward(grad, sources, query, key_gain, *options, launched=launched)
+    keep(like, launched, made, [*sources, *(grad.unbind(0) if query.ndim == 2 else [grad])], [query, key_gain])
+    return made
 
 
 def mix_phase1(
-    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, **outputs: list[Tensor]
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, mixed_out: list[Tensor] | None = None,
+    lse_out: list[Tensor] | None = None, check: Check = _nothing,
 ) -> list[Tensor]:
-    """``attnres::mix_phase1`` by the Triton kernels, for checked arguments. Raises KernelError where they cannot run."""
-    made: list[Tensor] = _phases(query).mix_phase1(sources, query, key_gain, *options, **outputs)
+    """``attnres::mix_phase1``."""
+    outputs = [*(mixed_out or ()), *(lse_out or ())]
+    like = signature("mix_phase1", (options, mixed_out is None, lse_out is None), [*sources, query, key_gain, *outputs])
+    for recipe in recipes(like):
+        made = outputs or recipe.empty(query.device)
+        count = query.shape[0]
+        with device_guard(query):
+            recipe.launch(tuple(sources), query, key_gain, tuple(made[:count]), tuple(made[count:]))
+        return made
+    check(sources, query, key_gain, *options, **_given(mixed_out=mixed_out, lse_out=lse_out))
+    launched: list[Any] = []
+    made = _phases(query).mix_phase1(sources, query, key_gain, *options, mixed_out=mixed_out, lse_out=lse_out,
+                                     launched=launched)
+    if not outputs or len(outputs) == len(made):
+        keep(like, launched, made, sources, [query, key_gain])
     return made
 
 
 def mix_phase1_backward(
     grads: list[Tensor], sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> list[Tensor]:
-    """``attnres::mix_phase1_backward``, likewise."""
+    """``attnres::mix_phase1_backward``."""
     made: list[Tensor] = _phases(query).mix_phase1_backward(grads, sources, query, key_gain, *options)
     return made
 
 
 def mix_phase2(
     mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any,
-    mixed_out: Tensor | None = None,
+    mixed_out: Tensor | None = None, check: Check = _nothing,
 ) -> Tensor:
-    """``attnres::mix_phase2``, likewise."""
-    made: Tensor = _phases(query).mix_phase2(mixed, lse, sources, query, key_gain, *options, mixed_out=mixed_out)
+    """``attnres::mix_phase2``."""
+    like = signature("mix_phase2", options, [mixed, lse, *sources, query, key_gain, mixed_out])
+    for recipe in recipes(like):
+        output = recipe.empty(query.device)[0] if mixed_out is None else mixed_out
+        with device_guard(query):
+            recipe.launch(tuple(sources), query, key_gain, (output,), None, (mixed, lse))
+        return output
+    check(mixed, lse, sources, query, key_gain, *options, **_given(mixed_out=mixed_out))
+    launched: list[Any] = []
+    made: Tensor = _phases(query).mix_phase2(mixed, lse, sources, query, key_gain, *options, mixed_out=mixed_out,
+                                             launched=launched)
+    keep(like, launched, [made], [mixed, *sources], [lse, query, key_gain])
     return made
 
 
 def mix_phase2_backward(
     grad: Tensor, mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> list[Tensor]:
-    """``attnres::mix_phase2_backward``, likewise."""
+    """``attnres::mix_phase2_backward``."""
     made: list[Tensor] = _phases(query).mix_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
     return made
 
 
-def mix_norm(sources: list[Tensor], query: Tensor, *arguments: Any, **outputs: Tensor | None) -> list[Tensor]:
-    """``attnres::mix_norm``, likewise."""
-    made: list[Tensor] = _fused(query).mix_norm(sources, query, *arguments, **outputs)
+def mix_norm(
+    sources: list[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, mixed: Tensor | None,
+    lse: Tensor | None, weight: Tensor | None, bias: Tensor | None, *options: Any, normed_out: Tensor | None = None,
+    partial_out: Tensor | None = None, check: Check = _nothing,
+) -> list[Tensor]:
+    """``attnres::mix_norm``."""
+    given = (query, key_gain, delta, mixed, lse, weight, bias)
+    like = signature("mix_norm", options, [*sources, *given, normed_out, partial_out])
+    for recipe in recipes(like):
+        made = recipe.empty(query.device) if normed_out is None else [normed_out]
+        if normed_out is not None and delta is not None:
+            made.append(partial_out)
+        with device_guard(query):
+            recipe.launch(tuple(sources), query, key_gain, (made[0],), None, (mixed, lse), delta,
+                          None if delta is None else made[1], (weight, bias))
+        return made
+    check(sources, *given, *options, **_given(normed_out=normed_out, partial_out=partial_out))
+    launched: list[Any] = []
+    made = _fused(query).mix_norm(sources, *given, *options, normed_out=normed_out, partial_out=partial_out,
+                                  launched=launched)
+    if delta is None or (normed_out is None) == (partial_out is None):
+        keep(like, launched, made, [*sources, delta, mixed], [query, key_gain, lse, weight, bias])
     return made
 
 
-def mix_norm_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    """``attnres::mix_norm_backward``, likewise."""
-    made: list[Tensor] = _fused(grad).mix_norm_backward(grad, *arguments)
+def mix_norm_backward(
+    grad: Tensor, partial_grad: Tensor | None, sources: list[Tensor], query: Tensor, key_gain: Tensor | None,
+    mixed: Tensor | None, lse: Tensor | None, weight: Tensor | None, bias: Tensor | None, *options: Any,
+    check: Check = _nothing,
+) -> list[Tensor]:
+    """``attnres::mix_norm_backward``."""
+    given = (query, key_gain, mixed, lse, weight, bias)
+    like = signature("mix_norm_backward", options, [grad, partial_grad, *sources, *given])
+    for recipe in recipes(like):
+        made = recipe.empty(grad.device)
+        found = iter(made)
+        normed = next(found)
+        early_grads = (None, None) if mixed is None else (next(found), next(found))
+        source_grads = tuple([next(found) for _ in sources])
+        query_grad = next(found)
+        gain_grad, weight_grad, bias_grad = [None if t is None else next(found) for t in (key_gain, weight, bias)]
+        with device_guard(grad):
+            recipe.launch((grad,), tuple(sources), query, key_gain, source_grads, query_grad, gain_grad,
+                          (*(None,) * (len(sources) - 1), partial_grad), None, (mixed, lse), early_grads, (weight, bias),
+                          normed, (weight_grad, bias_grad))
+        return made
+    check(grad, partial_grad, sources, *given, *options)
+    launched: list[Any] = []
+    made = _fused(grad).mix_norm_backward(grad, partial_grad, sources, *given, *options, launched=launched)
+    keep(like, launched, made, [grad, *sources, mixed], [partial_grad, query, key_gain, lse, weight, bias])
     return made
+
+
+def _given(**outputs: Any) -> dict[str, Any]:
+    """The outputs that are given."""
+    return {name: output for name, output in outputs.items() if output is not None}
 
 
 def _launcher(tensor: Tensor) -> Any:

@@ -15,13 +15,13 @@ from torch import Tensor
 from attnres_fx.runtime.mix_norm import MIX_NORM_BACKWARD_REFERENCE, Reading
 from attnres_fx.runtime.norm import Norm
 
-from .launch import backward, forward
+from .launch import Launched, backward, forward
 from .problem import Early, Options, Problem, device_guard, empty_like, rows_of, scalars_of
 
 
 def mix_norm(
     sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, delta: Tensor | None, *rest: Any,
-    normed_out: Tensor | None = None, partial_out: Tensor | None = None,
+    normed_out: Tensor | None = None, partial_out: Tensor | None = None, launched: Launched = None,
 ) -> list[Tensor]:
     """[normed], or [normed, partial] with a delta: [..., d] in the promoted dtype of the rows, and in the last source's.
 
@@ -38,11 +38,14 @@ def mix_norm(
         added, formed = (None, None) if delta is None else (rows_of(delta), rows_of(made[1]))
         problem = _problem(reading, [] if added is None else [added])
         with device_guard(normed):
-            forward(problem, [rows_of(normed)], delta=added, partial_out=formed, norm=_norm(reading))
+            forward(problem, [rows_of(normed)], delta=added, partial_out=formed, norm=_norm(reading),
+                    launched=launched)
     return made
 
 
-def mix_norm_backward(grad: Tensor, partial_grad: Tensor | None, *arguments: Any) -> list[Tensor]:
+def mix_norm_backward(
+    grad: Tensor, partial_grad: Tensor | None, *arguments: Any, launched: Launched = None
+) -> list[Tensor]:
     """The norm [..., d] again, then the gradients of ``Reading(*arguments).targets``, each like its tensor.
 
     grad [..., d] is that of the norm; partial_grad, [..., d] or None, is added to the gradient of the last source.
@@ -66,7 +69,7 @@ def mix_norm_backward(grad: Tensor, partial_grad: Tensor | None, *arguments: Any
         backward(
             _problem(reading, [row_grad]), [row_grad], source_grads, query_grad.unsqueeze(0), gain_grad, early_grads=early,
             priors=[*[None] * (len(source_grads) - 1), prior], norm=_norm(reading), normed=rows_of(normed),
-            norm_grads=(weight_grad, bias_grad))
+            norm_grads=(weight_grad, bias_grad), launched=launched)
     return [normed, *grads]
 
 

@@ -33,13 +33,18 @@ from .problem import (
     rows_of,
     warp_size,
 )
+from .recipes import BackwardLaunch, ForwardLaunch, Launch
 
 NormGrads = tuple[Tensor | None, Tensor | None]  # where the gradients of a norm's weight and bias go, [d] each
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
+# Here and below: where a list is given as ``launched``, the launches that can be made again for a like call are added to it.
+# Where a call takes others as well, or copies a tensor for the kernels, it adds an entry None.
+Launched = list[Launch | None] | None
 
 
 def mix(
-    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, mixed_out: Tensor | None = None
+    sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any, mixed_out: Tensor | None = None,
+    launched: Launched = None,
 ) -> Tensor:
     """The mix by the forward kernel: arguments, result and errors of ``attnres::mix``.
 
@@ -53,7 +58,7 @@ def mix(
     if output.numel():
         problem = Problem.of(sources, query, key_gain, Options(*options))
         with device_guard(output):
-            forward(problem, output.view(problem.queries, problem.tokens, problem.width).unbind(0))
+            forward(problem, output.view(problem.queries, problem.tokens, problem.width).unbind(0), launched=launched)
     return output
 
 
@@ -65,6 +70,7 @@ def forward(
     delta: Tensor | None = None,
     partial_out: Tensor | None = None,
     norm: Norm | None = None,
+    launched: Launched = None,
 ) -> None:
     """Write the mixes to outputs, M of [tokens, d], and the log-sum-exp of their logits to lses, M of [tokens].
 
@@ -75,14 +81,16 @@ def forward(
     most = configs.forward_queries(problem.width, problem.element, problem.options.normalize_values)
     for part in chunks(problem.queries, most):
         own_lses = None if lses is None else tuple(lses[part])
-        _forward_group(problem.of_queries(part), tuple(outputs[part]), own_lses, delta, partial_out, norm)
+        made = _forward_group(problem.of_queries(part), tuple(outputs[part]), own_lses, delta, partial_out, norm)
+        if launched is not None:
+            launched.extend(made)
 
 
 def _forward_group(
     problem: Problem, outputs: tuple[Tensor, ...], lses: tuple[Tensor, ...] | None, delta: Tensor | None,
     partial_out: Tensor | None, norm: Norm | None,
-) -> None:
-    queries, tokens = problem.queries, problem.tokens
+) -> list[ForwardLaunch]:
+    queries, tokens, made = problem.queries, problem.tokens, []
     plan = configs.forward_plan(problem.shape("forward", norm is not None))
     parts = chunks(len(problem.sources), configs.forward_sources(problem.phase))
     state_sums, state_rows = None, None
@@ -93,20 +101,23 @@ def _forward_group(
         first, last = part is parts[0], part is parts[-1]
         own_norm = norm if last else None
         programs = programs_of(tokens, plan, problem.query.device) if plan.stages else math.ceil(tokens / plan.tile.block_t)
-        forward_kernel[(programs,)](
-            tuple(problem.sources[part]), problem.strides(problem.sources[part]), problem.query, problem.gain, outputs,
-            lses if last else None, *problem.early_arguments(last),
-            delta if last else None, problem.stride(delta) if last and delta is not None else 0,
-            partial_out if last else None,
-            own_norm.weight if own_norm else None, own_norm.bias if own_norm else None,
-            state_sums, state_rows, tokens,
-            **problem.constants(plan.tile, plan.registers), EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale,
-            **_norm_constants(own_norm), GROUP=plan.group, FIRST=first, LAST=last, TOGETHER=plan.together,
-            STAGES=plan.stages)
+        early_mixed, early_stride, early_lse = problem.early_arguments(last)
+        launch = ForwardLaunch(
+            forward_kernel[(programs,)], problem.strides(problem.sources[part]), early_stride,
+            problem.stride(delta) if last and delta is not None else 0, tokens,
+            {**problem.constants(plan.tile, plan.registers), "EPS": problem.options.eps,
+             "LOGIT_SCALE": problem.options.logit_scale, **_norm_constants(own_norm), "GROUP": plan.group, "FIRST": first,
+             "LAST": last, "TOGETHER": plan.together, "STAGES": plan.stages})
+        launch(tuple(problem.sources[part]), problem.query, problem.gain, outputs, lses if last else None,
+               (early_mixed, early_lse), delta if last else None, partial_out if last else None, _parameters(own_norm),
+               (state_sums, state_rows))
+        made.append(launch)
+    return made
 
 
 def mix_backward(
-    grad: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+    grad: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any,
+    launched: Launched = None,
 ) -> list[Tensor]:
     """The gradients by the backward kernels: arguments, results and errors of ``attnres::mix_backward``."""
     reference.check_arguments(sources, query, key_gain, options[0])
@@ -122,7 +133,7 @@ def mix_backward(
     count = len(sources)
     with device_guard(query):
         backward(problem, row_grads, [rows_of(g) for g in grads[:count]], grads[count].view(problem.query.shape),
-                 grads[count + 1] if key_gain is not None else None)
+                 grads[count + 1] if key_gain is not None else None, launched=launched)
     return grads
 
 
@@ -139,6 +150,7 @@ def backward(
     norm: Norm | None = None,
     normed: Tensor | None = None,
     norm_grads: NormGrads = (None, None),
+    launched: Launched = None,
 ) -> None:
     """Write the gradients of a mix.
 
@@ -154,6 +166,8 @@ def backward(
     if norm is not None and _again(problem, norm) is None and problem.backward_tile(norm) is None:
         grads = [_before_norm(problem, grads[0], norm, normed, norm_grads)]
         norm, norm_grads = None, (None, None)
+        if launched is not None:
+            launched.append(None)
     groups = chunks(problem.queries, configs.backward_queries(problem.width))
     priors = [None] * len(source_grads) if priors is None else list(priors)
     # Several groups add up in the dtype of the statistics, so that every gradient is rounded once.
@@ -162,7 +176,6 @@ def backward(
     for group in groups:
         own = problem.of_queries(group)
         incoming = tuple(grads[group]), None if lse_grads is None else tuple(lse_grads[group])
-        partial, norm_partial = _backward_group(own, incoming, wide, priors, early_grads, norm, normed)
         if gain_grad is None:
             own_gain_grad = None
         elif gain_grad.ndim == 2:
@@ -170,7 +183,17 @@ def backward(
         else:
             own_gain_grad = gain_grad if len(groups) == 1 else problem.empty(problem.width)
             gain_parts.append(own_gain_grad)
-        _reduce(own, partial, query_grad[group], own_gain_grad, norm_partial, norm_grads)
+        launch = _backward_launch(own, incoming[0], norm)
+        if launch is None:
+            partial = _backward_split(own, incoming, wide, priors, early_grads)
+            _reduction(own)(partial, partial.shape[0], own.query, own.gain, query_grad[group], own_gain_grad, None, None,
+                            None, **_reduce_constants(own))
+        else:
+            launch(incoming[0], tuple(own.sources), own.query, own.gain, tuple(wide), query_grad[group], own_gain_grad,
+                   tuple(priors), incoming[1], _early(own.early), _early(early_grads), _parameters(norm),
+                   normed if norm else None, norm_grads)
+        if launched is not None:
+            launched.append(launch)
         priors = list(wide)
     if len(groups) > 1:
         for target, total in zip(source_grads, wide, strict=True):
@@ -195,7 +218,8 @@ def _before_norm(
     forward(problem, [mixed])
     tile = configs.norm_tile(problem.width, warp_size(mixed.device))
     programs = configs.programs(problem.tokens, tile)
-    norm_partial = _norm_partial(problem, norm, programs)
+    shape = _norm_partial(problem, norm, programs)
+    norm_partial = None if shape is None else problem.empty(*shape)
     norm_backward[(programs,)](
         grad, problem.stride(grad), mixed, norm.weight, norm.bias, normed, norm_partial, problem.tokens, D=problem.width,
         BLOCK_D=tile.block_d, BLOCK_T=tile.block_t, ALIGN=problem.align, **_norm_constants(norm),
@@ -214,60 +238,47 @@ def _norm_constants(norm: Norm | None) -> dict[str, Any]:
     return {"NORM": "layer" if norm.centered else "rms", "NORM_EPS": norm.eps}
 
 
-def _norm_partial(problem: Problem, norm: Norm | None, programs: int) -> Tensor | None:
-    """A buffer for the sums over tokens of weight and bias, [programs, 2, d]; None where the norm has neither."""
+def _parameters(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias."""
+    return (None, None) if norm is None else (norm.weight, norm.bias)
+
+
+def _early(early: Early | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if early is None else (early.mixed, early.lse)
+
+
+def _norm_partial(problem: Problem, norm: Norm | None, programs: int) -> tuple[int, ...] | None:
+    """The shape of the sums over tokens of weight and bias, [programs, 2, d]; None where the norm has neither."""
     if norm is None or (norm.weight is None and norm.bias is None):
         return None
-    return problem.empty(programs, 2, problem.width)
+    return programs, 2, problem.width
 
 
-def _backward_group(
-    problem: Problem, incoming: Incoming, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None],
-    early_grads: Early | None, norm: Norm | None, normed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Write the gradients of the sources; return the partial rows [programs, 2, M, d] of the parameters' gradients, and
-    those of the norm's parameters, [programs, 2, d] or None.
+def _backward_launch(problem: Problem, grads: tuple[Tensor, ...], norm: Norm | None) -> BackwardLaunch | None:
+    """By the kernel that holds the rows of a token or the one that reads them again from the cache; None where neither
+    serves. It leaves partial rows [programs, 2, M, d] of the parameters' gradients, and [programs, 2, d] of the norm's.
     """
-    grads, lse_grads = incoming
     plan = _again(problem, norm)
-    if plan is not None:
-        return _backward_again(problem, plan, grads[0], source_grads, priors, norm, normed)
-    tile = problem.backward_tile(norm)
+    tile = problem.backward_tile(norm) if plan is None else plan.tile
     if tile is None:
-        return _backward_split(problem, incoming, source_grads, priors, early_grads), None
-    programs = configs.programs(problem.tokens, tile)
-    partial = problem.empty(programs, 2, problem.queries, problem.width)
-    norm_partial = _norm_partial(problem, norm, programs)
-    registers = configs.backward_registers(tile, problem.width, len(problem.sources), problem.options.normalize_values,
-                                           problem.element, grads[0].element_size())
-    kernels.mix_backward[(programs,)](
-        grads, problem.strides(grads), lse_grads, tuple(problem.sources), problem.strides(problem.sources), problem.query,
-        problem.gain, *problem.early_arguments(), tuple(source_grads), tuple(priors),
-        early_grads.mixed if early_grads else None, early_grads.lse if early_grads else None, partial,
-        norm.weight if norm else None, norm.bias if norm else None, normed if norm else None, norm_partial, problem.tokens,
-        **problem.constants(tile, registers),
-        EPS=problem.options.eps, LOGIT_SCALE=problem.options.logit_scale, **_norm_constants(norm))
-    return partial, norm_partial
-
-
-def _backward_again(
-    problem: Problem, plan: configs.Plan, grad: Tensor, source_grads: Sequence[Tensor], priors: Sequence[Tensor | None],
-    norm: Norm | None, normed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The same for one query by a kernel that reads the rows of a token again from the cache."""
-    programs = programs_of(problem.tokens, plan, grad.device)
-    partial = problem.empty(programs, 2, 1, problem.width)
-    norm_partial = _norm_partial(problem, norm, programs)
-    constants = problem.constants(plan.tile, plan.registers)
-    for name in ("M", "GAIN_PER_QUERY", "NORMALIZE"):
-        del constants[name]
-    mix_backward_again[(programs,)](
-        grad, problem.stride(grad), tuple(problem.sources), problem.strides(problem.sources), problem.query, problem.gain,
-        tuple(source_grads), tuple(priors), partial, norm.weight if norm else None, norm.bias if norm else None,
-        normed if norm else None, norm_partial, problem.tokens, **constants, EPS=problem.options.eps,
-        LOGIT_SCALE=problem.options.logit_scale, **_norm_constants(norm), GROUP=plan.group,
-        TOGETHER=plan.together)
-    return partial, norm_partial
+        return None
+    if plan is None:
+        programs = configs.programs(problem.tokens, tile)
+        registers = configs.backward_registers(tile, problem.width, len(problem.sources), problem.options.normalize_values,
+                                               problem.element, grads[0].element_size())
+        constants = problem.constants(tile, registers)
+    else:
+        programs = programs_of(problem.tokens, plan, problem.query.device)
+        constants = {**problem.constants(tile, plan.registers), "GROUP": plan.group, "TOGETHER": plan.together}
+        for name in ("M", "GAIN_PER_QUERY", "NORMALIZE"):
+            del constants[name]
+    kernel = kernels.mix_backward if plan is None else mix_backward_again
+    return BackwardLaunch(
+        kernel[(programs,)], plan is not None, problem.strides(grads), problem.strides(problem.sources),
+        problem.early_arguments()[1], problem.tokens,
+        {**constants, "EPS": problem.options.eps, "LOGIT_SCALE": problem.options.logit_scale, **_norm_constants(norm)},
+        (programs, 2, problem.queries, problem.width), _norm_partial(problem, norm, programs), problem.accumulate,
+        _reduction(problem), _reduce_constants(problem))
 
 
 def _backward_split(
@@ -326,15 +337,12 @@ def _backward_split(
     return partial
 
 
-def _reduce(
-    problem: Problem, partial: Tensor, query_grad: Tensor, gain_grad: Tensor | None, norm_partial: Tensor | None,
-    norm_grads: NormGrads,
-) -> None:
-    """Add up the partial rows and write the gradients of query, gain, and the norm's weight and bias."""
-    block = configs.REDUCE_COLUMNS
-    kernels.reduce_parameter_grads[(math.ceil(problem.width / block),)](
-        partial, partial.shape[0], problem.query, problem.gain, query_grad, gain_grad, norm_partial, *norm_grads,
-        D=problem.width, BLOCK_D=block,
-        BLOCK_P=configs.REDUCE_ROWS, M=problem.queries,
-        GAIN_PER_QUERY=problem.gain is not None and problem.gain.ndim == 2, VALUE_GAIN=problem.value_gain,
-        ACC=ACCUMULATE[problem.accumulate], num_warps=configs.REDUCE_WARPS)
+def _reduction(problem: Problem) -> Any:
+    """The kernel that adds up partial rows and writes the gradients of query, gain, and the norm's weight and bias."""
+    return kernels.reduce_parameter_grads[(math.ceil(problem.width / configs.REDUCE_COLUMNS),)]
+
+
+def _reduce_constants(problem: Problem) -> dict[str, Any]:
+    return {"D": problem.width, "BLOCK_D": configs.REDUCE_COLUMNS, "BLOCK_P": configs.REDUCE_ROWS, "M": problem.queries,
+            "GAIN_PER_QUERY": problem.gain is not None and problem.gain.ndim == 2, "VALUE_GAIN": problem.value_gain,
+            "ACC": ACCUMULATE[problem.accumulate], "num_warps": configs.REDUCE_WARPS}

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from attnres_fx.runtime import reference
 
-from .launch import backward, forward
+from .launch import Launched, backward, forward
 from .problem import Early, Options, Problem, device_guard, empty_like, rows_of, scalars_of
 
 
 def mix_phase1(
     sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float, logit_scale: float,
     normalize_values: bool, *, mixed_out: Sequence[Tensor] | None = None, lse_out: Sequence[Tensor] | None = None,
+    launched: Launched = None,
 ) -> list[Tensor]:
     """The mixes, M of [..., d] in the promoted dtype of the sources, and the log-sum-exp of their logits, M of [...] in
     that of the statistics. Written to mixed_out and lse_out, contiguous, if these are given.
@@ -32,7 +33,8 @@ def mix_phase1(
     if sources[0].numel():
         problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, 1.0), phase=1)
         with device_guard(query):
-            forward(problem, [rows_of(rows) for rows in mixed_out], lses=[lse.view(-1) for lse in lse_out])
+            forward(problem, [rows_of(rows) for rows in mixed_out], lses=[lse.view(-1) for lse in lse_out],
+                    launched=launched)
     return [*mixed_out, *lse_out]
 
 
@@ -57,6 +59,7 @@ def mix_phase1_backward(
 def mix_phase2(
     mixed: Tensor, lse: Tensor, sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float,
     logit_scale: float, normalize_values: bool, output_factor: float, *, mixed_out: Tensor | None = None,
+    launched: Launched = None,
 ) -> Tensor:
     """The mix [..., d] of what phase 1 left of a query [d] and of further sources, in the promoted dtype of all rows.
 
@@ -69,7 +72,7 @@ def mix_phase2(
         problem = Problem.of(sources, query, key_gain, Options(eps, logit_scale, normalize_values, output_factor),
                              phase=2, early=Early(rows_of(mixed), scalars_of(lse)))
         with device_guard(output):
-            forward(problem, [rows_of(output)])
+            forward(problem, [rows_of(output)], launched=launched)
     return output
 
 

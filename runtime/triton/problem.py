@@ -5,7 +5,6 @@ Importing this module imports triton.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from attnres_fx.runtime.errors import KernelError
 from attnres_fx.runtime.norm import Norm
 
 from . import configs
+from .recipes import device_guard as device_guard
 
 ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -214,8 +214,3 @@ class Problem:
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised buffer in the dtype of the statistics."""
         return torch.empty(shape, dtype=self.accumulate, device=self.query.device)
-
-
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
