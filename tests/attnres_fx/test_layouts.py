@@ -79,7 +79,7 @@ def test_one_layout(layout: str, start: str, planned: list[Arena]) -> None:
     assert planned and sum(len(arena.places) for arena in planned) > 6  # nothing is right because nothing was placed
 
 
-@pytest.mark.parametrize("start", ["plain", "sequence first"])
+@pytest.mark.parametrize("start", [pytest.param("plain", marks=pytest.mark.slow), "sequence first"])
 @pytest.mark.parametrize("blocks", [
     pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(len(LAYOUTS) - 1, marks=pytest.mark.slow)])
 def test_all_layouts_in_turn(blocks: int, start: str, planned: list[Arena]) -> None:
@@ -105,7 +105,8 @@ def test_what_is_returned_or_read_late(start: str) -> None:
 
 
 @pytest.mark.parametrize("blocks, batch_first", [
-    (1, True), (3, True), pytest.param(6, True, marks=pytest.mark.slow), pytest.param(3, False, marks=pytest.mark.slow)])
+    pytest.param(1, True, marks=pytest.mark.slow), (3, True), pytest.param(6, True, marks=pytest.mark.slow),
+    pytest.param(3, False, marks=pytest.mark.slow)])
 def test_an_encoder_of_torch(blocks: int, batch_first: bool) -> None:
     torch.manual_seed(0)
     given = torch.randn(2, 12, WIDTH)
@@ -121,7 +122,8 @@ def test_an_encoder_of_torch(blocks: int, batch_first: bool) -> None:
         agree([torch.compile(exact, backend="attnres")(given), exact(given)], [plain(given)] * 2)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+@pytest.mark.parametrize("memory_format", [
+    pytest.param(torch.contiguous_format, marks=pytest.mark.slow), torch.channels_last], ids=["rows", "channels last"])
 def test_pictures(memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
     given = torch.randn(2, 3, 5, 4)

@@ -68,7 +68,9 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="attnres", options=options, dynamic=True)
 
 
-@pytest.mark.parametrize("make", [lambda model: model, compiled, lambda model: compiled(model, downstream="eager")],
+@pytest.mark.parametrize("make", [
+    lambda model: model, compiled,
+    pytest.param(lambda model: compiled(model, downstream="eager"), marks=pytest.mark.slow)],
                          ids=["eager", "compiled", "compiled, run eagerly"])
 def test_many_threads_call_two_models_cold_and_warm(make: Callable[[nn.Module], Any]) -> None:
     references = [tower(0), tower(1)]

@@ -155,7 +155,7 @@ def disturb(model: Any) -> None:
             parameters.key_gain.add_(0.2 * torch.randn(parameters.query.shape, generator=generator))
 
 
-QUICK = {"DynamicCache", "StaticCache", "autocast", "dict", "keyword-only"}  # the rest takes minutes in all
+QUICK = {"DynamicCache", "autocast", "dict", "keyword-only"}  # the rest takes minutes in all
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in WAYS])

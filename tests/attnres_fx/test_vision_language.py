@@ -93,6 +93,7 @@ def test_streams_of_two_towers(streams: list[str]) -> None:
     check(model, call, plain)
 
 
+@pytest.mark.slow
 def test_a_tower_that_cannot_be_traced_is_left_as_it_is() -> None:
     original, call = qwen2_vl()
     model = copy.deepcopy(original)

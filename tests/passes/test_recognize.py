@@ -338,7 +338,7 @@ def test_sources_changed_in_place_after_the_read() -> None:
     assert check(ChangedLater().double(), *rows(2)).sources == [2]
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("decomposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_exported_graphs(decomposed: bool) -> None:
     for name in ("paper", "upcast", "axis-minus-2-bmm", "cat-permuted", "list"):
         model = network(READS[name], sublayers=2)

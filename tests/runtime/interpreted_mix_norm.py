@@ -34,7 +34,8 @@ def _seed() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["held", "again", "norm first", "norm first, again", "split"])
+@pytest.fixture(params=[
+    "held", "again", pytest.param("norm first", marks=pytest.mark.slow), "norm first, again", "split"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ways through the backward, whatever the table would choose."""
     chosen, again, fits = configs.backward_tile, configs.again_plan, request.param

@@ -33,7 +33,8 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("file, chosen", [
     ("triton", "not slow"), pytest.param("triton", "slow", marks=pytest.mark.slow), ("phases", "not slow"),
-    ("mix_norm", "not slow"), ("into", "not slow"), ("recipes", "not slow")])
+    ("mix_norm", "not slow"), pytest.param("mix_norm", "slow", marks=pytest.mark.slow), ("into", "not slow"),
+    ("recipes", "not slow")])
 def test_in_the_interpreter(file: str, chosen: str) -> None:
     """All of interpreted_*.py: Triton reads the variable when it is first imported, hence the process."""
     file = str(HERE / f"interpreted_{file}.py")
