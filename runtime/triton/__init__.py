@@ -178,9 +178,8 @@ def mix_norm(
     given = (query, key_gain, delta, mixed, lse, weight, bias)
     like = signature("mix_norm", options, [*sources, *given, normed_out, partial_out])
     for recipe in recipes(like):
-        made = recipe.empty(query.device) if normed_out is None else [normed_out]
-        if normed_out is not None and delta is not None:
-            made.append(partial_out)
+        outputs = [output for output in (normed_out, partial_out) if output is not None]
+        made = outputs or recipe.empty(query.device)
         with device_guard(query):
             recipe.launch(tuple(sources), query, key_gain, (made[0],), None, (mixed, lse), delta,
                           None if delta is None else made[1], (weight, bias))
