@@ -27,7 +27,9 @@ OTHERS := -e '/^triton==/d' -e '/^setuptools==/d' -e 's/^numpy==.*>=.*/numpy==2.
 # A copy of the package as users get it. mypy does not follow the finder of an editable installation.
 TYPED := build/typed
 
-.PHONY: demo test test-slow test-many test-zoo test-binaries support lint benchmark gpu-bundle wheel clean
+.PHONY: environment demo test test-slow test-many test-zoo test-binaries support lint benchmark gpu-bundle wheel clean
+
+environment: $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) examples/demo.py $(ARGS)

@@ -113,6 +113,9 @@ def pass_over_requires_grad() -> None:
 
     method_requires_grad_.passed_over = True  # type: ignore[attr-defined]
     TensorVariable.method_requires_grad_ = method_requires_grad_
+    table = getattr(TensorVariable, "tp_methods", {})  # where torch 2.15 looks methods up
+    if "requires_grad_" in table:
+        table["requires_grad_"] = type(table["requires_grad_"])(method_requires_grad_)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -242,7 +245,7 @@ def _captures(cls: type, file: str | None) -> bool:
 def quiet_dynamo() -> Iterator[None]:
     """Keep Dynamo from printing its own account of an error that we catch and translate."""
 
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor")]
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor", "torch._subclasses")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import triton
 import triton.language as tl
 
 from . import again, backward, configs, forward, norms
@@ -108,7 +109,8 @@ class Case:
         registers = self.plan(warp_size).registers or configs.most_registers(tile)
         if self.kernel is backward.mix_backward:
             element = 4 if grad is wide else TYPES[self.dtype]
-            registers = configs.backward_registers(tile, self.width, self.count, self.normalize, TYPES[self.dtype], element)
+            registers = configs.backward_registers(tile, self.width, self.count, self.normalize, TYPES[self.dtype], element,
+                                                   triton.__version__)
         return Arguments({name: values[name] for name in self.kernel.arg_names}, tile.warps, registers)
 
     def row_bytes(self, warp_size: int) -> int:

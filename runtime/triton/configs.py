@@ -230,13 +230,17 @@ def most_registers(tile: Tile) -> int:
     return min(255, REGISTERS // (tile.warps * 32))
 
 
-def backward_registers(tile: Tile, width: int, count: int, normalize: bool, element: int, grad_element: int) -> int:
+def backward_registers(
+    tile: Tile, width: int, count: int, normalize: bool, element: int, grad_element: int, compiler: str
+) -> int:
     """The same for ``mix_backward``, which holds the rows of ``count`` sources.
 
     With nine wide rows it is full to the brim, and where ptxas is given the last registers it schedules its way into spills.
-    These bounds are those with which it finds none, on any of the targets of ``aot``.
+    These bounds are those with which it finds none, on any of the targets of ``aot``; with Triton 3.8 and 3.9 (compiler: its
+    version) there are none only without them.
     """
-    if count < 9 or width <= 512:
+    release = tuple(int(part) for part in compiler.split(".")[:2])
+    if count < 9 or width <= 512 or release >= (3, 8):
         return most_registers(tile)
     if element > 2:
         return 240

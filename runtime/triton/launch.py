@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from attnres_fx.runtime import reference
@@ -265,7 +266,7 @@ def _backward_launch(problem: Problem, grads: tuple[Tensor, ...], norm: Norm | N
     if plan is None:
         programs = configs.programs(problem.tokens, tile)
         registers = configs.backward_registers(tile, problem.width, len(problem.sources), problem.options.normalize_values,
-                                               problem.element, grads[0].element_size())
+                                               problem.element, grads[0].element_size(), triton.__version__)
         constants = problem.constants(tile, registers)
     else:
         programs = programs_of(problem.tokens, plan, problem.query.device)
