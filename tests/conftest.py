@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+import releases
+import torch
 
 # Compilers allocate millions of objects that live to the end of a test: to look through them each 700 allocations is a tenth
 # of the time.
@@ -19,3 +21,11 @@ def _few_calls_of_the_cpp_compiler() -> Iterator[None]:
 
     with one_unit():
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What this torch is known to fail is expected to fail."""
+    for version, known in releases.KNOWN.items():
+        for item in items:
+            if torch.__version__.startswith(version) and item.nodeid in known:
+                item.add_marker(pytest.mark.xfail(reason=known[item.nodeid], strict=True))
