@@ -90,7 +90,8 @@ def test_a_model_without_streams_is_compiled_and_said_so_once() -> None:
     fast = compiled(model)
     with pytest.warns(UserWarning, match=r"no residual stream was found in Sequential, .*\.py") as heard:
         result = fast(torch.ones(2, 8))
-    assert torch.equal(result, model(torch.ones(2, 8))) and len(heard) == 1
+    ours = [each for each in heard if "attnres_fx" in str(each.message)]  # torch and Python 3.13 have warnings of their own
+    assert torch.equal(result, model(torch.ones(2, 8))) and len(ours) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast(torch.ones(2, 8))
