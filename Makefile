@@ -7,7 +7,7 @@ PYTHON ?= python3
 ARGS ?=
 # Processes that share the tests of a suite; each computes with one thread. Neighbours share what is compiled, so a process
 # takes a run of them and gives from its end to one that is done.
-WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)
 # Threads that wait must not spin: where other programs share the cores, spinning costs more than the work (10 x, seen).
 export OMP_WAIT_POLICY ?= PASSIVE
 
