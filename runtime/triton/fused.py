@@ -16,7 +16,8 @@ from attnres_fx.runtime.mix_norm import MIX_NORM_BACKWARD_REFERENCE, Reading
 from attnres_fx.runtime.norm import Norm
 
 from .launch import Launched, backward, forward
-from .problem import Early, Options, Problem, device_guard, empty_like, rows_of, scalars_of
+from .problem import Early, Options, Problem, empty_like, rows_of, scalars_of
+from .recipes import device_guard
 
 
 def mix_norm(

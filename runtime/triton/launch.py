@@ -27,14 +27,13 @@ from .problem import (
     Options,
     Problem,
     chunks,
-    device_guard,
     empty_like,
     launch_options,
     programs_of,
     rows_of,
     warp_size,
 )
-from .recipes import BackwardLaunch, ForwardLaunch, Launch
+from .recipes import BackwardLaunch, ForwardLaunch, Launch, device_guard
 
 NormGrads = tuple[Tensor | None, Tensor | None]  # where the gradients of a norm's weight and bias go, [d] each
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp

@@ -14,7 +14,8 @@ from torch import Tensor
 from attnres_fx.runtime import reference
 
 from .launch import Launched, backward, forward
-from .problem import Early, Options, Problem, device_guard, empty_like, rows_of, scalars_of
+from .problem import Early, Options, Problem, empty_like, rows_of, scalars_of
+from .recipes import device_guard
 
 
 def mix_phase1(

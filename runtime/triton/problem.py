@@ -20,7 +20,6 @@ from attnres_fx.runtime.errors import KernelError
 from attnres_fx.runtime.norm import Norm
 
 from . import configs
-from .recipes import device_guard as device_guard
 
 ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
