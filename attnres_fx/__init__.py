@@ -10,20 +10,20 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from attnres_fx.version import VERSION as __version__
 
 _HOMES = {
     "analyze": "attnres_fx.analysis",
-    "Report": "attnres_fx.report",
-    "ResidualStream": "attnres_fx.report",
+    "Report": "attnres_fx.reports.streams",
+    "ResidualStream": "attnres_fx.reports.streams",
     "convert": "attnres_fx.conversion",
-    "depth_weights": "attnres_fx.verification",
-    "kernels": "attnres_fx.kernel_table",
-    "load": "attnres_fx.persistence",
+    "depth_weights": "attnres_fx.verification.models",
+    "kernels": "attnres_fx.reports.kernels",
+    "load": "attnres_fx.formats.directory",
     "mix": "attnres_fx.runtime.mix",
-    "save": "attnres_fx.persistence",
-    "verify": "attnres_fx.verification",
-    "Verification": "attnres_fx.verification",
+    "save": "attnres_fx.formats.directory",
+    "verify": "attnres_fx.verification.models",
+    "Verification": "attnres_fx.verification.verdict",
     "AttnResError": "attnres_fx.errors",
 }
 
@@ -49,11 +49,12 @@ if TYPE_CHECKING:
     from attnres_fx.analysis import analyze
     from attnres_fx.conversion import convert
     from attnres_fx.errors import AttnResError
-    from attnres_fx.kernel_table import kernels
-    from attnres_fx.persistence import load, save
-    from attnres_fx.report import Report, ResidualStream
+    from attnres_fx.formats.directory import load, save
+    from attnres_fx.reports.kernels import kernels
+    from attnres_fx.reports.streams import Report, ResidualStream
     from attnres_fx.runtime.mix import mix
-    from attnres_fx.verification import Verification, depth_weights, verify
+    from attnres_fx.verification.models import depth_weights, verify
+    from attnres_fx.verification.verdict import Verification
 
 
 def __getattr__(name: str) -> Any:

@@ -9,34 +9,24 @@ import torch
 from torch import fx, nn
 
 from attnres_fx.adapters import host_of, train_with_adapters
-from attnres_fx.analysis import as_args, name_streams, owner_of
-from attnres_fx.passes._dynamo import unwrap
-from attnres_fx.passes.absence import absence
-from attnres_fx.passes.capture import capture
-from attnres_fx.passes.detect import detect
-from attnres_fx.passes.graph import place_of, stack_paths
-from attnres_fx.passes.hidden import hidden_layers
-from attnres_fx.passes.lower import lower_marked, markers_of, prepare
-from attnres_fx.passes.partition import partition
-from attnres_fx.passes.plan import MIX_SCALES, StreamPlan, relative_sites, tracer_path
-from attnres_fx.passes.recognize import recognize
-from attnres_fx.passes.streams import Obstacle, Stream, sites_of
-from attnres_fx.runner import PART, ROOT, STREAMS, converted_class, is_converted_class, original_class
+from attnres_fx.converted import PART, ROOT, STREAMS, device_of, is_converted_class, new_parameters, original_class
+from attnres_fx.graph_modules import convert_graph
+from attnres_fx.passes._compat.dynamo import unwrap
+from attnres_fx.passes.findings import find, find_marked
+from attnres_fx.passes.graph.capture import capture
+from attnres_fx.passes.rewrite.match import markers_of
+from attnres_fx.passes.rewrite.plan import MIX_SCALES, StreamPlan
+from attnres_fx.planning import as_args, parameter_dtype, plan_streams
+from attnres_fx.runner import converted_class
 from attnres_fx.runtime.errors import (
     AlreadyConvertedError,
-    HandWrittenMixError,
-    HiddenLayersError,
-    NoStreamError,
-    NotConvertedError,
     OptionError,
     PartOfConvertedError,
     PlainPathError,
 )
-from attnres_fx.runtime.parameters import CONTAINER, AttnRes, StreamParameters, streams_of
+from attnres_fx.runtime.parameters import CONTAINER, streams_of
 
 Model = TypeVar("Model", bound=nn.Module)
-
-GRAPH_PLANS = "attnres_plans"  # in the meta of a rewritten graph module, whose copies keep no class of ours: its plans
 
 
 def convert(
@@ -87,135 +77,27 @@ def convert(
     if mix_scale not in MIX_SCALES:
         raise OptionError(f"mix_scale is {mix_scale!r}", remedy="give 'paper' or 'sum'")
     if isinstance(inner, fx.GraphModule):
-        from attnres_fx.graph_modules import convert_graph  # which builds on this file
-
         convert_graph(inner, as_args(args), kwargs or {}, num_blocks=num_blocks, layers_per_block=layers_per_block,
                       boundaries=boundaries, streams=streams, mix_scale=mix_scale, eps=eps, key_gain=key_gain,
                       param_dtype=param_dtype)
         return model
     gm, _ = capture(inner, as_args(args), kwargs or {})
-    if markers_of(gm):
+    if markers_of(gm.graph):
         raise AlreadyConvertedError("a part of this model is converted already",
                                     remedy="convert the whole model from a plain one, once")
-    plans = plan_streams(gm, host, num_blocks=num_blocks, layers_per_block=layers_per_block, boundaries=boundaries,
+    plans = plan_streams(find(gm), host, num_blocks=num_blocks, layers_per_block=layers_per_block, boundaries=boundaries,
                          streams=streams, mix_scale=mix_scale, eps=eps, key_gain=key_gain)
     dtype = param_dtype or parameter_dtype(host)
     attach(host, plans, dtype)
     try:
         lowered, _ = capture(inner, as_args(args), kwargs or {})
-        lower_marked(lowered)
+        find_marked(lowered).rewritten()
     except BaseException:
         detach(host)
         raise
     if host is not inner:
         train_with_adapters(inner)
     return model
-
-
-def parameter_dtype(model: nn.Module) -> torch.dtype:
-    """float64 for a model of float64 parameters, else float32."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return torch.float64 if dtypes == {torch.float64} else torch.float32
-
-
-def plan_streams(
-    gm: fx.GraphModule,
-    model: nn.Module,
-    *,
-    num_blocks: int | None = None,
-    layers_per_block: int | None = None,
-    boundaries: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
-    streams: Collection[str] | str | None = None,
-    mix_scale: str = "paper",
-    eps: float = 1e-6,
-    key_gain: bool = True,
-) -> list[StreamPlan]:
-    """The plans of the streams to convert, from a captured graph; raises what :func:`convert` raises."""
-    gm = prepare(gm)
-    mixes = recognize(gm)
-    found = detect(gm)
-    if mixes and not any(isinstance(stream.refusal(), HandWrittenMixError) for stream in found):
-        raise HandWrittenMixError(
-            "the model spells attention residuals out already, and is not converted a second time",
-            place=place_of(mixes[0].node), remedy="compile the model as it is")
-    if not found:
-        refuse_hidden(gm)
-        raise NoStreamError(f"no residual stream was found in the model: {absence(gm.graph)}",
-                            remedy="attention residuals need additions x + f(x) around the layers of a transformer")
-    owners = [owner_of(stream, model) for stream in found]
-    name_streams(found, owners)
-    chosen = _choose(found, streams)
-    plans: list[StreamPlan] = []
-    for stream, (owner, spelled) in zip(found, owners):
-        if stream.name not in chosen:
-            continue
-        closing = partition(stream.num_layers, num_blocks=num_blocks, layers_per_block=layers_per_block,
-                            boundaries=_boundaries_of(stream, boundaries, len(chosen)))
-        plan = StreamPlan(
-            name=stream.name, owner=owner, num_layers=stream.num_layers, width=stream.width, boundaries=closing,
-            sites=_sites_below(stream, model, owner, spelled), eps=float(eps), mix_scale=mix_scale, key_gain=key_gain)
-        if not any(other.owner == plan.owner and other.sites == plan.sites for other in plans):
-            plans.append(plan)  # a module called twice is one stream with one set of parameters
-    return plans
-
-
-def _sites_below(stream: Stream, model: nn.Module, owner: str, spelled: str) -> tuple[tuple[str, int], ...]:
-    """The sites of ``stream`` below its owner, which the tracer calls ``spelled``.
-
-    Where a call goes through a forward of the instance, the tracer spells owner and layers by different ways to them; then
-    the layers are found by their identity.
-    """
-    if all(tracer_path(layer.node).startswith(spelled) for layer in stream.layers):
-        return relative_sites(stream, spelled)
-    names = {str(id(module)): name for name, module in model.get_submodule(owner).named_modules()}
-    keys = [stack_paths(layer.node)[-1][0] for layer in stream.layers]
-    if not all(key in names for key in keys):
-        return relative_sites(stream, spelled)
-    return sites_of([names[key] for key in keys])
-
-
-def refuse_hidden(gm: fx.GraphModule) -> None:
-    """Refuse a graph all of whose layers are hidden in bodies that detection does not enter; they are no plain network."""
-    hidden = hidden_layers(gm.graph)
-    if hidden:
-        _, why, remedy = Obstacle("hidden", hidden[0]).explain()
-        raise HiddenLayersError(f"no stream can be followed: {why}", place=place_of(hidden[0]), remedy=remedy)
-
-
-def _choose(found: Sequence[Stream], streams: Collection[str] | str | None) -> set[str]:
-    names = [stream.name for stream in found]
-    wanted = names if streams is None else [streams] if isinstance(streams, str) else list(streams)
-    unknown = [name for name in wanted if name not in names]
-    if unknown or not wanted:
-        raise OptionError(f"no stream is named {', '.join(map(repr, unknown)) or '(none given)'}",
-                          remedy=f"the model's streams are: {', '.join(names)}")
-    refusals = {s.name: s.refusal() for s in found if s.name in wanted}
-    refused = {name: refusal for name, refusal in refusals.items() if refusal is not None}
-    if not refused:
-        return set(wanted)
-    # A model that spells attention residuals out is told so, whatever else its weighted sums look like.
-    first = min(refused.values(), key=lambda refusal: not isinstance(refusal, HandWrittenMixError))
-    good = [name for name in wanted if name not in refused]
-    if not good:
-        raise first
-    listed = "\n  ".join(str(refusal) for refusal in refused.values())
-    raise type(first)(
-        f"of {len(wanted)} streams {len(refused)} cannot be rewritten:\n  {listed}\n  convertible: {', '.join(good)}",
-        place=first.place, remedy=f"convert the others alone with streams={good!r}")
-
-
-def _boundaries_of(
-    stream: Stream, boundaries: Sequence[int] | Mapping[str, Sequence[int]] | None, count: int
-) -> Sequence[int] | None:
-    if boundaries is None or isinstance(boundaries, Mapping):
-        if isinstance(boundaries, Mapping) and stream.name not in boundaries:
-            raise OptionError(f"boundaries have no entry for stream '{stream.name}'",
-                              remedy="give one for every stream that is converted")
-        return None if boundaries is None else boundaries[stream.name]
-    if count > 1:
-        raise OptionError("boundaries are one list, and the model has several streams",
-                          remedy="give a dictionary from stream name to its boundaries")
-    return boundaries
 
 
 def _refuse_converted(model: nn.Module) -> None:
@@ -251,16 +133,11 @@ def attach(model: nn.Module, plans: Sequence[StreamPlan], dtype: torch.dtype) ->
                 f"the forward of '{plan.owner or type(owner).__name__}' is replaced on the instance, so that the rewritten "
                 "one would never be called", remedy="convert the model before other tools wrap its forward")
         owners[plan.owner] = owner
-    parameters = {}
-    for plan in plans:
-        device = next((p.device for p in owners[plan.owner].parameters()), torch.device("cpu"))
-        parameters[plan.name] = StreamParameters(plan.num_layers, plan.width, plan.to_json(), key_gain=plan.key_gain,
-                                                 dtype=dtype, device=device)
-    container = AttnRes(parameters)
+    container = new_parameters(plans, dtype, {path: device_of(owner) for path, owner in owners.items()})
     container.train(model.training)
     model.add_module(CONTAINER, container)
     for path, owner in owners.items():
-        owner.__dict__[STREAMS] = {plan.name: parameters[plan.name].plan for plan in plans if plan.owner == path}
+        owner.__dict__[STREAMS] = {plan.name: container.streams[plan.name].plan for plan in plans if plan.owner == path}
         if owner is not model:
             owner.__dict__[ROOT] = model._modules
         owner.__class__ = converted_class(type(owner), True, owner is model)
@@ -288,16 +165,3 @@ def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
         return owner.get_submodule(path)
     except AttributeError:
         return None
-
-
-def plans_of(model: nn.Module) -> list[StreamPlan]:
-    """The plans of a converted model, in graph order. Raises NotConvertedError."""
-    inner = unwrap(model)
-    streams = streams_of(inner)
-    if isinstance(inner, fx.GraphModule) and GRAPH_PLANS in inner.meta:
-        return [StreamPlan.from_json(text) for text in inner.meta[GRAPH_PLANS]]
-    if streams is None:
-        raise NotConvertedError("this model is not converted", remedy="call attnres_fx.convert(model, args, ...) first")
-    return [StreamPlan.from_json(parameters.plan) for parameters in streams.values()]
-
-

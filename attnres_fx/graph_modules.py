@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnres_fx.conversion import GRAPH_PLANS
-from attnres_fx.exported import Program, mark_program, plan_program, rewrite_program
-from attnres_fx.exported_verification import row_of
-from attnres_fx.passes._compat import codegen_of, propagate_fake, pytree
-from attnres_fx.passes.graph import copy_graph_module, value_of
-from attnres_fx.passes.plan import StreamPlan
-from attnres_fx.passes.vocabulary import is_mix
+from attnres_fx.converted import GRAPH_PLANS
+from attnres_fx.formats.program import Program, mark_program, plan_program, rewrite_program
+from attnres_fx.passes._compat.graphs import codegen_of, propagate_fake, pytree
+from attnres_fx.passes.findings import find_marked
+from attnres_fx.passes.graph.edit import copy_graph_module
+from attnres_fx.passes.graph.nodes import value_of
+from attnres_fx.passes.graph.record import Record, note
+from attnres_fx.passes.graph.vocabulary import is_mix
+from attnres_fx.passes.rewrite.plan import StreamPlan
+from attnres_fx.passes.rewrite.positions import row_of
 from attnres_fx.runtime.errors import TracingError
 from attnres_fx.runtime.parameters import AttnRes
 
@@ -58,7 +61,7 @@ def convert_graph(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
     """Rewrite the graph of ``gm`` in place; the work of :func:`attnres_fx.convert` where the model is a graph."""
     program = program_of(gm, args, kwargs)
     marked = mark_program(program, plan_program(program, **options), param_dtype)
-    rewritten = rewrite_program(marked)
+    rewritten = rewrite_program(find_marked(marked))
     container = marked.get_submodule("attnres")
     assert isinstance(container, AttnRes)
     container.train(gm.training)
@@ -76,5 +79,5 @@ def recorded(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any])
     for node in program.module.graph.nodes:
         if is_mix(node):
             query, position = row_of(node)
-            node.meta["attnres"] = {"stream": query.removeprefix("attnres.").removesuffix(".query"), "position": position}
+            note(node, Record("mix", query.removeprefix("attnres.").removesuffix(".query"), position))
     return program.module, pytree.tree_leaves((program.args, program.kwargs))

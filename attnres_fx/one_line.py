@@ -21,10 +21,11 @@ import torch
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from attnres_fx.conversion import attach, parameter_dtype, plan_streams, refuse_hidden
+from attnres_fx.conversion import attach
+from attnres_fx.converted import PART, STREAMS, is_converted_class
 from attnres_fx.options import Options
-from attnres_fx.passes._distributed import calling_modules
-from attnres_fx.passes._dynamo import (
+from attnres_fx.passes._compat.distributed import calling_modules
+from attnres_fx.passes._compat.dynamo import (
     Frame,
     compiling_frame,
     graph_break_reason,
@@ -33,15 +34,15 @@ from attnres_fx.passes._dynamo import (
     runs_within_a_module,
     skipped_frame,
 )
-from attnres_fx.passes.absence import absence, whole_sums
-from attnres_fx.passes.detect import detect
-from attnres_fx.passes.graph import stack_paths
-from attnres_fx.passes.graph_breaks import explain_break
-from attnres_fx.passes.lower import RESTART
-from attnres_fx.passes.plan import common_path
-from attnres_fx.passes.streams import Stream
-from attnres_fx.passes.vocabulary import base_of, is_mix
-from attnres_fx.runner import PART, STREAMS, enter_streams, is_converted_class
+from attnres_fx.passes.find.obstacles import absence, whole_sums
+from attnres_fx.passes.find.streams import Stream
+from attnres_fx.passes.findings import Findings
+from attnres_fx.passes.graph.graph_breaks import explain_break
+from attnres_fx.passes.graph.nodes import stack_paths
+from attnres_fx.passes.graph.vocabulary import base_of, is_mix
+from attnres_fx.passes.rewrite.sites import common_path
+from attnres_fx.planning import parameter_dtype, plan_streams, refuse_hidden
+from attnres_fx.runner import enter_streams
 from attnres_fx.runtime.errors import GraphBreakError, NoStreamError, OneLineError, PartOfConvertedError
 from attnres_fx.runtime.parameters import CONTAINER
 
@@ -52,14 +53,14 @@ _TWO_LINES = (
 _RESTARTED = "_attnres_restarted"  # on the submodule that carries the marker of a restarted frame: the root
 
 
-def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options: Options) -> None:
+def convert_while_compiling(gm: fx.GraphModule, found: Findings, options: Options) -> None:
     """Convert the plain model behind ``gm`` and restart the tracing of its frame; return if there is nothing to convert.
 
-    ``working`` is a prepared copy of ``gm``, which is only read.
+    ``found`` is what ``gm`` holds.
 
     Raises: a refusal of the stream, or OneLineError where the live model cannot be found with certainty.
     """
-    streams = detect(working)
+    streams = found.streams
     frame = compiling_frame()
     modules = [] if frame is None else frame.modules
     _refuse_parts(modules)
@@ -71,26 +72,26 @@ def convert_while_compiling(gm: fx.GraphModule, working: fx.GraphModule, options
     if broken is None and frame is not None and frame.resumed:
         broken = "the frame resumes after a graph break", ""
     if not streams:
-        refuse_hidden(working)
+        refuse_hidden(found.gm.graph)
         if not _in_reach_of_converted(modules):
-            _without_streams(working, frame, broken, bool(options.conversion()))
+            _without_streams(found.gm, frame, broken, bool(options.conversion()))
         return
     if _left_plain(streams, frame):
         return
     if broken is not None:
         raise _cut(*broken)
-    _refuse_pieces(working, streams)
+    _refuse_pieces(found.gm, streams)
     if frame is None:
         raise OneLineError("the compiling frame cannot be seen, so the model cannot be converted while it is compiled",
                            remedy=_TWO_LINES)
     root = _root(streams[0], modules, frame.this)
     converted = is_converted_class(type(root)) or "attnres" in root._modules
     if not converted:
-        plans = plan_streams(working, root, **options.conversion())
+        plans = plan_streams(found, root, **options.conversion())
         attach(root, plans, parameter_dtype(root))
         _watch_optimizers(root)
     if root is frame.this and STREAMS in root.__dict__:
-        _mark_from_inside(working, root)
+        _mark_from_inside(found.gm, root)
     elif converted:
         raise OneLineError("the model is converted, and its graph does not call the rewritten forward", remedy=_TWO_LINES)
     restart_tracing("attnres_fx converted the model")
@@ -179,7 +180,7 @@ def _refuse_parts(modules: list[nn.Module]) -> None:
                 remedy="compile the whole model: torch.compile(model, backend='attnres')")
 
 
-def _refuse_pieces(gm: fx.GraphModule, streams: list[Stream]) -> None:
+def _refuse_pieces(gm: fx.GraphModule, streams: Sequence[Stream]) -> None:
     """A frame whose stream comes in as an input and goes out raw is a piece of a larger network."""
     for stream in streams:
         start = base_of(stream.layers[0].skip)
@@ -222,9 +223,9 @@ def _mark_from_inside(gm: fx.GraphModule, root: nn.Module) -> None:
 
 
 def _enter_again(module: nn.Module, args: Any) -> None:
-    """A pre-hook that outlives the restart, since the guards of the restarted frame name it; see ``RESTART``."""
+    """A pre-hook that outlives the restart, since the guards of the restarted frame name it."""
     if is_traced():
-        enter_streams(module.__dict__[_RESTARTED], RESTART)
+        enter_streams(module.__dict__[_RESTARTED], within=True)
 
 
 def _watch_optimizers(model: nn.Module) -> None:

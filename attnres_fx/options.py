@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from attnres_fx.passes.budget import parse_budget
-from attnres_fx.passes.fuse import FUSIONS
-from attnres_fx.passes.plan import MIX_SCALES
-from attnres_fx.passes.schedule import SCHEDULES
-from attnres_fx.passes.select import KERNELS
+from attnres_fx.passes.graph.context import Context
+from attnres_fx.passes.lower.fuse import FUSIONS
+from attnres_fx.passes.lower.schedule import SCHEDULES
+from attnres_fx.passes.lower.select import KERNELS
+from attnres_fx.passes.memory.budget import parse_budget
+from attnres_fx.passes.pipeline import ALL
+from attnres_fx.passes.rewrite.plan import MIX_SCALES
 from attnres_fx.runtime.errors import OptionError
 
 DOWNSTREAMS = ("inductor", "aot_eager", "eager")
@@ -38,6 +40,9 @@ class Options:
     kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
         kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU in
         Triton's interpreter alone.
+    disable: names of passes that are left out, to find the one at fault; attnres_fx.passes.pipeline lists them.
+    check_passes: hold every pass to its contract after it ran (for who looks for a fault): the graph is sound, what was made
+        has values, and a second run changes nothing.
     """
 
     num_blocks: int | None = None
@@ -51,6 +56,8 @@ class Options:
     kernels: str = "auto"
     arena: str = "auto"
     memory_budget: str | int | None = None
+    disable: Sequence[str] = ()
+    check_passes: bool = False
 
     @staticmethod
     def from_arguments(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -65,7 +72,7 @@ class Options:
         result = Options(**given)
         result._check()
         if mode is not None and mode != "default":
-            from attnres_fx.passes._compat import mode_options
+            from attnres_fx.passes._compat.inductor import mode_options
 
             result = Options(**{**given, "inductor": {**mode_options(mode), **result.inductor}})
         return result
@@ -84,6 +91,10 @@ class Options:
             parse_budget(self.memory_budget, tokens=1)
         if self.mix_scale is not None and self.mix_scale not in MIX_SCALES:
             raise OptionError(f"mix_scale is {self.mix_scale!r}", remedy="give 'paper' or 'sum'")
+        names = [each.name for each in ALL if not each.needed]
+        for given in [self.disable] if isinstance(self.disable, str) else self.disable:
+            if given not in names or isinstance(self.disable, str):
+                raise OptionError(f"disable is {self.disable!r}", remedy=f"give a list of names from {', '.join(names)}")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor is {self.inductor!r}", remedy="give a dictionary of Inductor's options")
         for name in ("num_blocks", "layers_per_block"):
@@ -92,6 +103,14 @@ class Options:
                 raise OptionError(f"{name} is {value!r}", remedy="give a whole number of 1 or more")
         if self.eps is not None and not (isinstance(self.eps, (int, float)) and self.eps > 0):
             raise OptionError(f"eps is {self.eps!r}", remedy="give a small positive number")
+
+    def context(self, training: bool) -> Context:
+        """What the passes are told. The debugging downstreams run what is nearest to the rewrite where "auto" may choose."""
+        plain = self.downstream != "inductor"
+        own = Context(training=training, kernels=self.kernels, disabled=frozenset(self.disable),
+                      schedule="one-pass" if self.schedule == "auto" and plain else self.schedule,
+                      fuse=self.fuse == "always" or (self.fuse == "auto" and not plain))
+        return replace(own, checks=True) if self.check_passes else own
 
     def conversion(self) -> dict[str, Any]:
         """The keyword arguments of :func:`attnres_fx.convert` that were given."""

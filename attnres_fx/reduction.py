@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnres_fx.passes._distributed import calling_modules, in_parallel, reduces, wrapper_name
-from attnres_fx.passes.lower import RESTART, markers_of
-from attnres_fx.passes.plan import StreamPlan
+from attnres_fx.passes._compat.distributed import calling_modules, in_parallel, reduces, wrapper_name
+from attnres_fx.passes.rewrite.match import markers_of
+from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.runtime.errors import UnreducedGradientsError
 
 
@@ -23,10 +23,10 @@ def stream_inputs(gm: fx.GraphModule) -> dict[int, str]:
     """The inputs of a graph with markers that are parameters of attention residuals: their numbers, and what they are."""
     numbers = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     found = {}
-    for marker in markers_of(gm):
+    for marker in markers_of(gm.graph):
         for node, kind in zip(marker.args, ("query", "key_gain")):
             if node in numbers:
-                plan = StreamPlan.from_json(str(marker.args[2]).removeprefix(RESTART))
+                plan = StreamPlan.from_json(str(marker.args[2]))
                 found[numbers[node]] = f"{kind} of stream '{plan.name}'"
     return found
 

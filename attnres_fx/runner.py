@@ -18,33 +18,34 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnres_fx.passes._compat import run_aot_eager
-from attnres_fx.passes._dynamo import (
+from attnres_fx.converted import ROOT, STREAMS
+from attnres_fx.passes._compat.dynamo import (
     compile_whole,
     inner_error,
-    install_output_capture,
-    is_capture_break,
-    is_collector_break,
     is_message_break,
     is_recompile_limit,
     is_traced,
-    output_collector,
     recompile_limit,
     without_messages,
 )
-from attnres_fx.passes.capture import translate
-from attnres_fx.passes.inline import holds_checkpoint
-from attnres_fx.passes.lower import lower_marked, markers_of
+from attnres_fx.passes._compat.graphs import generate_code
+from attnres_fx.passes._compat.inductor import run_aot_eager
+from attnres_fx.passes._compat.transformers import (
+    install_output_capture,
+    is_capture_break,
+    is_collector_break,
+    output_collector,
+)
+from attnres_fx.passes.graph.capture import translate
+from attnres_fx.passes.graph.context import Context
+from attnres_fx.passes.lower.recomputation import holds_checkpoint
+from attnres_fx.passes.pipeline import PREPARE, REWRITE, run
+from attnres_fx.passes.rewrite.match import markers_of
 from attnres_fx.reduction import hold_to_reduction, stream_inputs
 from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, PlainPathError, SitesChangedError
 from attnres_fx.runtime.marker import ENTER
 from attnres_fx.runtime.parameters import stream_parameters
 
-STREAMS = "_attnres_streams"  # on an owner: the plans of its streams, by name; their parameters hang at the root alone
-# On an owner that is not the root: the dictionary of the root's children. The root itself would lend its parts other names
-# in a traced graph.
-ROOT = "_attnres_root_modules"
-PART = "_attnres_part_of"  # on a module that holds layers: the path of its stream's owner
 _RUNNER = "_attnres_runner"
 _COLLECTED = "_attnres_collected"  # on an owner within which hooks collect outputs for a model around it
 _SPEAKS = "_attnres_speaks"  # on an owner whose forward warns, logs or prints
@@ -56,22 +57,22 @@ _MAKING = threading.Lock()
 
 def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """The backend of the eager call: rewrite the graph and run it as it is."""
-    if not markers_of(gm):
+    if not markers_of(gm.graph):
         raise SitesChangedError("a graph of a converted model holds no marker",
                                 remedy="this is a fault of attnres_fx; please report it with the model")
-    rewritten = lower_marked(gm)[0]
+    rewritten = generate_code(run((*PREPARE, *REWRITE), gm, Context()))
     # Run eagerly, the tags of a checkpointed layer mean nothing: only AOTAutograd's partitioner recomputes by them.
-    recomputed = torch.is_grad_enabled() and holds_checkpoint(rewritten)
+    recomputed = torch.is_grad_enabled() and holds_checkpoint(rewritten.graph)
     return hold_to_reduction(run_aot_eager(rewritten, inputs) if recomputed else rewritten.forward, stream_inputs(gm))
 
 
-def enter_streams(module: nn.Module, prefix: str = "") -> None:
-    """Call the marker for every stream that ``module`` owns, with the parameters that hang at the root now; ``prefix`` goes
-    before the plan. Raises ReplacedParametersError.
+def enter_streams(module: nn.Module, within: bool = False) -> None:
+    """Call the marker for every stream that ``module`` owns, with the parameters that hang at the root now; ``within``: from
+    within its old forward. Raises ReplacedParametersError.
     """
     for name, plan in module.__dict__[STREAMS].items():
         parameters = stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
-        ENTER(parameters.query, parameters.key_gain, prefix + plan)
+        ENTER(parameters.query, parameters.key_gain, plan, within)
 
 
 def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
@@ -182,7 +183,7 @@ def _generated_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
 
     if hasattr(base, "save_pretrained"):
         def save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-            from attnres_fx.pretrained import save_converted
+            from attnres_fx.formats.huggingface import save_converted
 
             if not root:
                 raise PartOfConvertedError(
@@ -199,13 +200,3 @@ def _rebuild(base: type[nn.Module], owns: bool, root: bool) -> nn.Module:
     """An empty instance for ``pickle`` and ``copy``."""
     cls = converted_class(base, owns, root)
     return cls.__new__(cls)
-
-
-def is_converted_class(cls: type) -> bool:
-    """Whether ``cls`` was generated here."""
-    return "_attnres_base" in cls.__dict__
-
-
-def original_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The user's class behind a generated one; any other class itself."""
-    return cls.__dict__.get("_attnres_base", cls)

@@ -15,7 +15,7 @@ from gpu_tools import Bench, relative
 from torch import Tensor, nn
 
 import attnres_fx
-from attnres_fx.passes import rows
+from attnres_fx.passes.memory import rows
 
 VOCABULARY = 2048
 LIMITS = {torch.float32: 5e-5, torch.bfloat16: 6e-2}

@@ -94,7 +94,8 @@ def _plans(case: Case, cuda: bool) -> Iterator[Plan]:
 
 def operator(case: Case, given: Sequence[Tensor]) -> Callable[[], Any]:
     """A call of the kernels. given: the sources, query, gain and a gradient, which also serves as what is added."""
-    from attnres_fx.runtime.triton import fused, launch
+    from attnres_fx.runtime.triton import launch
+    from attnres_fx.runtime.triton import launch_norm as fused
 
     *sources, query, gain, grad = given
     rest = (None, None, gain, None, *OPTIONS, False, 1e-6)

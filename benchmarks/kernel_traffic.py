@@ -26,15 +26,15 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
-import traffic
 from peers import liger_kernel
 from rich.console import Console
 from rich.table import Table
+from support import kernel_traffic as traffic
 from torch import Tensor
 
-from attnres_fx.runtime import costs
 from attnres_fx.runtime.mix import MIX_TRITON
 from attnres_fx.runtime.triton import configs
+from attnres_fx.runtime.triton import traffic as costs
 
 LAYERS, PER_BLOCK = 128, 16
 

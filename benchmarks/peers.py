@@ -1,9 +1,9 @@
-"""Other public implementations of the mix, behind the signature that tests/conformance.py and benchmarks/mix.py use.
+"""Other public implementations of the mix, behind the signature that attnres_fx/conformance.py and benchmarks/mix.py use.
 
 None is needed to run anything here. To compare: ``pip install --no-deps liger-kernel==0.8.5 attn-res==0.1.0``, then
 
-    TRITON_INTERPRET=1 PYTHONPATH=benchmarks python tests/conformance.py peers:liger_kernel
-    PYTHONPATH=benchmarks python tests/conformance.py peers:attn_res
+    TRITON_INTERPRET=1 PYTHONPATH=benchmarks attnres conformance peers:liger_kernel
+    PYTHONPATH=benchmarks attnres conformance peers:attn_res
     python benchmarks/mix.py --variants native inductor attn_res "attn_res, inductor"
 """
 

@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import attnres_fx
-from attnres_fx.conversion import plans_of
-from attnres_fx.report import blocks_table, mixes_table, streams_table
+from attnres_fx.converted import plans_of
+from attnres_fx.reports.streams import blocks_table, mixes_table, streams_table
 
 BATCH, LENGTH = 4, 128
 

@@ -44,14 +44,6 @@ class AttnResError(RuntimeError):
         self.remedy = remedy
 
 
-class MixArgumentError(AttnResError, ValueError):
-    """The arguments of a mix do not fit together (no source, differing shapes, a query of another width)."""
-
-
-class MixDtypeError(AttnResError, TypeError):
-    """A mix was given tensors that are not floating point."""
-
-
 class PlainPathError(AttnResError):
     """A converted model was about to run as the plain residual network."""
 

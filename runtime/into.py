@@ -151,6 +151,6 @@ for _family in _FAMILIES:
         INTO[operator_of(_family.base, _variant)] = operator_of(f"{_family.base}_into", _variant)
     _into, _kernel, _on_triton = f"{_family.base}_into", partial(_reference, _family), partial(_triton, _family)
     LIBRARY.impl(_into, partial(native_or, _kernel, _into), "CompositeExplicitAutograd")
-    LIBRARY.impl(_into, partial(on_gpu, _on_triton, _kernel), "CUDA")
+    LIBRARY.impl(_into, partial(on_gpu, _on_triton, _kernel, triton_kernels.serves), "CUDA")
     LIBRARY.impl(f"{_into}_reference", _kernel, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_into}_triton", _on_triton, "CompositeExplicitAutograd")

@@ -3,6 +3,9 @@
 A converted module calls it first thing in its forward. The tracer lifts its tensors as ordinary guarded inputs, so that
 optimizers, ``state_dict`` and ``functional_call`` see them; the rewrite consumes it. Its kernel raises: whoever runs the
 graph without the rewrite gets an error, never the plain residual network.
+
+``within``: a restarted frame calls it from within (see attnres_fx.one_line). Such a marker counts only where the stream
+has no other, which it has as soon as the generated forward is traced.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ import torch
 from attnres_fx.runtime.errors import PlainPathError
 
 _LIBRARY = torch.library.Library("attnres", "FRAGMENT")
-_LIBRARY.define("enter(Tensor query, Tensor? key_gain, str plan) -> Tensor")
+_LIBRARY.define("enter(Tensor query, Tensor? key_gain, str plan, bool within=False) -> Tensor")
 
 
-def _refuse(query: torch.Tensor, key_gain: torch.Tensor | None, plan: str) -> torch.Tensor:
+def _refuse(query: torch.Tensor, key_gain: torch.Tensor | None, plan: str, within: bool = False) -> torch.Tensor:
     raise PlainPathError(
         "a converted model reached a place where its graph is not rewritten, and would have run as the plain "
         "residual network",
@@ -24,7 +27,7 @@ def _refuse(query: torch.Tensor, key_gain: torch.Tensor | None, plan: str) -> to
     )
 
 
-def _fake(query: torch.Tensor, key_gain: torch.Tensor | None, plan: str) -> torch.Tensor:
+def _fake(query: torch.Tensor, key_gain: torch.Tensor | None, plan: str, within: bool = False) -> torch.Tensor:
     return query.new_empty(())
 
 

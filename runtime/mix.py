@@ -18,38 +18,10 @@ from torch import Tensor
 from . import reference
 from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, in_forward_mode, in_functorch_transform
-from .cpu import native
-from .operators import LIBRARY, Result, backward_autograd, empty_results, round_into_new
+from .operators import Operator, Result, backward_autograd, declare, empty_results, operator_of, round_into_new
 
 _ARGUMENTS = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}, "
 _ARGUMENTS += "float output_factor{}"
-# "mix" is served by the fastest kernel there is; "mix_reference" and "mix_triton" always by those they are named after.
-# "mix_autograd" is "mix", entered where autograd has something to record.
-for _name in ("", "_reference", "_triton", "_autograd"):
-    LIBRARY.define(
-        f"mix{_name}({_ARGUMENTS.format('=1e-6', '=1.0', '=False', '=1.0')}) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    LIBRARY.define(
-        f"mix_backward{_name}(Tensor grad, {_ARGUMENTS.format('', '', '', '')}) -> Tensor[]",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-
-MIX = torch.ops.attnres.mix.default
-MIX_BACKWARD = torch.ops.attnres.mix_backward.default
-MIX_REFERENCE = torch.ops.attnres.mix_reference.default
-MIX_BACKWARD_REFERENCE = torch.ops.attnres.mix_backward_reference.default
-MIX_TRITON = torch.ops.attnres.mix_triton.default
-MIX_BACKWARD_TRITON = torch.ops.attnres.mix_backward_triton.default
-_BACKWARD_OF = {MIX: MIX_BACKWARD, MIX_REFERENCE: MIX_BACKWARD_REFERENCE, MIX_TRITON: MIX_BACKWARD_TRITON}
-
-
-def _mix_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
-    """Runs until a native kernel is registered, and after that never again on its device."""
-    if query.device.type == "cpu" and native.ensure():
-        result: Tensor = MIX(sources, query, key_gain, *options)
-        return result
-    return _mix_reference_kernel(sources, query, key_gain, *options)
 
 
 def _mix_reference_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
@@ -75,15 +47,6 @@ def mix_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None,
     reference.check_arguments(sources, query, key_gain, options[0])
     wide = reference.mix_forward(sources, query, key_gain, *options)
     return wide.to(reference.result_dtype(sources)).contiguous()
-
-
-def _mix_backward_kernel(
-    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
-) -> list[Tensor]:
-    if query.device.type == "cpu" and native.ensure():
-        grads: list[Tensor] = MIX_BACKWARD(grad, sources, query, key_gain, *options)
-        return grads
-    return _mix_backward_reference_kernel(grad, sources, query, key_gain, *options)
 
 
 def _mix_backward_reference_kernel(
@@ -112,18 +75,6 @@ def _mix_triton_kernel(sources: list[Tensor], query: Tensor, key_gain: Tensor | 
     return triton_kernels.mix(sources, query, key_gain, *_with_defaults(*options))
 
 
-def _mix_gpu(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
-    kernel = _mix_triton_kernel if triton_kernels.serves(sources) else _mix_reference_kernel
-    return kernel(sources, query, key_gain, *options)
-
-
-def _mix_backward_gpu(
-    grad: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
-) -> list[Tensor]:
-    kernel = triton_kernels.mix_backward if triton_kernels.serves(sources) else _mix_backward_reference_kernel
-    return kernel(grad, sources, query, key_gain, *options)
-
-
 def _with_defaults(
     eps: float = 1e-6, logit_scale: float = 1.0, normalize_values: bool = False, output_factor: float = 1.0
 ) -> tuple[float, float, bool, float]:
@@ -145,19 +96,19 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Any, options: tuple[Any, ...], query: Tensor, key_gain: Tensor | None, *sources: Tensor
+        ctx: Any, variant: str, options: tuple[Any, ...], query: Tensor, key_gain: Tensor | None, *sources: Tensor
     ) -> Tensor:
         ctx.save_for_backward(query, key_gain, *sources)
-        ctx.operator = operator
+        ctx.variant = variant
         ctx.options = options
-        return _below_autograd(operator, list(sources), query, key_gain, *options)
+        return _below_autograd(variant, list(sources), query, key_gain, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key_gain, *sources = ctx.saved_tensors
         _, _, needs_query, needs_gain, *needs_sources = ctx.needs_input_grad
         # A tangent that arrives with grad would be lost in the operator.
-        operator = _mix_backward_composite if in_forward_mode() else _BACKWARD_OF[ctx.operator]
+        operator = _mix_backward_composite if in_forward_mode() else operator_of("mix_backward", ctx.variant)
         grads = operator(grad, sources, query, key_gain, *ctx.options)
         count = len(sources)
         query_grad = grads[count] if needs_query else None
@@ -166,7 +117,7 @@ class _Mix(torch.autograd.Function):
 
 
 def _mix_autograd(
-    operator: Any, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+    variant: str, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> Tensor:
     """Choose how a call is differentiated.
 
@@ -177,42 +128,33 @@ def _mix_autograd(
     if in_forward_mode() or (needs_grad and in_functorch_transform()):
         return mix_composite(sources, query, key_gain, *options)
     if needs_grad:
-        result: Tensor = _Mix.apply(operator, _with_defaults(*options), query, key_gain, *sources)
+        result: Tensor = _Mix.apply(variant, _with_defaults(*options), query, key_gain, *sources)
         return result
-    return _below_autograd(operator, sources, query, key_gain, *options)
+    return _below_autograd(variant, sources, query, key_gain, *options)
 
 
 def _below_autograd(
-    operator: Any, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
+    variant: str, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any
 ) -> Tensor:
     with below_autograd():
-        result: Tensor = operator(sources, query, key_gain, *options)
+        result: Tensor = operator_of("mix", variant)(sources, query, key_gain, *options)
     return result
 
 
-LIBRARY.impl("mix", _mix_kernel, "CompositeExplicitAutograd")
-LIBRARY.impl("mix_backward", _mix_backward_kernel, "CompositeExplicitAutograd")
-LIBRARY.impl("mix_reference", _mix_reference_kernel, "CompositeExplicitAutograd")
-LIBRARY.impl("mix_backward_reference", _mix_backward_reference_kernel, "CompositeExplicitAutograd")
-LIBRARY.impl("mix_triton", _mix_triton_kernel, "CompositeExplicitAutograd")
-LIBRARY.impl("mix_backward_triton", triton_kernels.mix_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("mix", _mix_gpu, "CUDA")
-LIBRARY.impl("mix_backward", _mix_backward_gpu, "CUDA")
-LIBRARY.impl("mix", partial(_mix_autograd, MIX), "Autograd")
-LIBRARY.impl("mix_backward", partial(backward_autograd, MIX_BACKWARD), "Autograd")
-LIBRARY.impl("mix_reference", partial(_mix_autograd, MIX_REFERENCE), "Autograd")
-LIBRARY.impl("mix_backward_reference", partial(backward_autograd, MIX_BACKWARD_REFERENCE), "Autograd")
-LIBRARY.impl("mix_triton", partial(_mix_autograd, MIX_TRITON), "Autograd")
-LIBRARY.impl("mix_backward_triton", partial(backward_autograd, MIX_BACKWARD_TRITON), "Autograd")
-# Where a native library answers under the autograd key, it hands on to these what autograd has to record.
-LIBRARY.impl("mix_autograd", partial(_mix_autograd, MIX), "CompositeImplicitAutograd")
-LIBRARY.impl("mix_backward_autograd", partial(backward_autograd, MIX_BACKWARD), "CompositeImplicitAutograd")
-for _name in ("", "_reference", "_triton"):
-    for _key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
-        LIBRARY.impl(f"mix{_name}", mix_composite, _key)
-        LIBRARY.impl(f"mix_backward{_name}", _mix_backward_composite, _key)
-    torch.library.register_fake(f"attnres::mix{_name}", _mix_fake, lib=LIBRARY)
-    torch.library.register_fake(f"attnres::mix_backward{_name}", _mix_backward_fake, lib=LIBRARY)
+declare(Operator(
+    "mix", f"({_ARGUMENTS.format('=1e-6', '=1.0', '=False', '=1.0')}) -> Tensor",
+    _mix_reference_kernel, mix_composite, _mix_fake, _mix_triton_kernel, triton_kernels.serves, _mix_autograd))
+declare(Operator(
+    "mix_backward", f"(Tensor grad, {_ARGUMENTS.format('', '', '', '')}) -> Tensor[]",
+    _mix_backward_reference_kernel, _mix_backward_composite, _mix_backward_fake, triton_kernels.mix_backward,
+    triton_kernels.serves, partial(backward_autograd, "mix_backward")))
+
+MIX = torch.ops.attnres.mix.default
+MIX_BACKWARD = torch.ops.attnres.mix_backward.default
+MIX_REFERENCE = torch.ops.attnres.mix_reference.default
+MIX_BACKWARD_REFERENCE = torch.ops.attnres.mix_backward_reference.default
+MIX_TRITON = torch.ops.attnres.mix_triton.default
+MIX_BACKWARD_TRITON = torch.ops.attnres.mix_backward_triton.default
 
 
 def mix(

@@ -7,7 +7,7 @@ gradient of a linear layer's weight does). The fuse pass puts it in the place of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,112 +16,24 @@ from torch import Tensor
 
 from . import reference
 from . import triton as triton_kernels
-from ._compat import below_autograd, check_type, check_value, in_forward_mode, in_functorch_transform
-from .norm import Norm
+from ._compat import below_autograd, check_type, in_forward_mode, in_functorch_transform
 from .operators import (
-    LIBRARY,
-    VARIANTS,
+    Operator,
     Result,
     backward_autograd,
+    declare,
     empty_results,
-    native_or,
-    on_gpu,
     operator_of,
     round_into_new,
     tensors_in,
 )
+from .reading import Reading
 
 _READ = "Tensor[] sources, Tensor query, Tensor? key_gain, "
 _EARLY_NORM = "Tensor? mixed, Tensor? lse, Tensor? weight, Tensor? bias, "
 _OPTIONS = "float eps, float logit_scale, bool normalize_values, float output_factor, bool centered, float norm_eps"
 ARGUMENTS = f"{_READ}Tensor? delta, {_EARLY_NORM}{_OPTIONS}"
 
-for _name in (*VARIANTS, "_autograd"):
-    for _schema in (
-        f"mix_norm{_name}({ARGUMENTS}) -> Tensor[]",
-        f"mix_norm_backward{_name}(Tensor grad, Tensor? partial_grad, {_READ}{_EARLY_NORM}{_OPTIONS}) -> Tensor[]",
-    ):
-        LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-MIX_NORM = operator_of("mix_norm")
-MIX_NORM_BACKWARD = operator_of("mix_norm_backward")
-MIX_NORM_REFERENCE = operator_of("mix_norm_reference")
-MIX_NORM_TRITON = operator_of("mix_norm_triton")
-MIX_NORM_BACKWARD_REFERENCE = operator_of("mix_norm_backward_reference")
-MIX_NORM_BACKWARD_TRITON = operator_of("mix_norm_backward_triton")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The arguments of the operator but for the addition.
-
-    sources: [..., d] each, the completed partial sum last where there is an addition; query [d], key_gain [d] or None;
-    mixed [..., d] and lse [...] are what phase 1 left for this query, or both None; weight and bias [d] of the norm.
-    """
-
-    sources: list[Tensor]
-    query: Tensor
-    key_gain: Tensor | None
-    mixed: Tensor | None
-    lse: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    logit_scale: float
-    normalize_values: bool
-    output_factor: float
-    centered: bool
-    norm_eps: float
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """All rows that are mixed."""
-        return self.sources if self.mixed is None else [*self.sources, self.mixed]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the result: the promoted dtype of the rows."""
-        return reference.result_dtype(self.rows)
-
-    @property
-    def options(self) -> tuple[float, float, bool, float]:
-        return self.eps, self.logit_scale, self.normalize_values, self.output_factor
-
-    @property
-    def norm(self) -> Norm:
-        return Norm(self.centered, self.weight, self.bias, self.norm_eps)
-
-    @property
-    def targets(self) -> list[Tensor]:
-        """The tensors that receive a gradient, in the order in which the backward gives them."""
-        given = [self.mixed, self.lse, *self.sources, self.query, self.key_gain, self.weight, self.bias]
-        return [tensor for tensor in given if tensor is not None]
-
-    def check(self) -> None:
-        """Raise ValueError or TypeError for arguments that have no meaning."""
-        reference.check_arguments(self.rows, self.query, self.key_gain, self.eps)
-        check_value(len(self.sources) > 0, lambda: "attnres::mix_norm needs at least one source")
-        check_value(self.query.ndim == 1, lambda: (
-            f"attnres::mix_norm: query must be [d], got {tuple(self.query.shape)}"))
-        check_value((self.mixed is None) == (self.lse is None), lambda: (
-            "attnres::mix_norm: give mixed and lse, or neither"))
-        if self.lse is not None:
-            reference.check_shape("lse", self.lse, self.sources[0].shape[:-1], "the positions of the sources")
-        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-            if parameter is not None:
-                reference.check_shape(name, parameter, (self.sources[0].shape[-1],), "the width of the sources")
-
-    def mix(self) -> Tensor:
-        """The mix before its norm and its rounding."""
-        if self.mixed is None or self.lse is None:
-            return reference.mix_forward(self.sources, self.query, self.key_gain, *self.options)
-        return reference.phase2(self.mixed, self.lse, self.sources, self.query, self.key_gain, *self.options)
-
-    def mix_backward(self, grad: Tensor) -> list[Tensor]:
-        """The gradients of the mix: of mixed and lse where there are any, the sources, the query and the gain."""
-        if self.mixed is None or self.lse is None:
-            return reference.mix_backward(grad, self.sources, self.query, self.key_gain, *self.options)
-        return reference.phase2_backward(grad, self.mixed, self.lse, self.sources, self.query, self.key_gain, *self.options)
 
 
 def _reading(
@@ -263,22 +175,17 @@ def _autograd(
     return made
 
 
-for _base, _kernel, _on_triton, _composite, _fake_kernel in (
-    ("mix_norm", _reference, _triton, mix_norm_composite, _fake),
-    ("mix_norm_backward", _backward_reference, _backward_triton, mix_norm_backward_composite, _backward_fake),
-):
-    LIBRARY.impl(_base, partial(native_or, _kernel, _base), "CompositeExplicitAutograd")
-    LIBRARY.impl(_base, partial(on_gpu, _on_triton, _kernel), "CUDA")
-    LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{_base}_triton", _on_triton, "CompositeExplicitAutograd")
-    for _name in VARIANTS:
-        for _key in ("FuncTorchBatched", "Batched"):
-            LIBRARY.impl(f"{_base}{_name}", _composite, _key)
-        torch.library.register_fake(f"attnres::{_base}{_name}", _fake_kernel, lib=LIBRARY)
-for _name in VARIANTS:
-    LIBRARY.impl(f"mix_norm{_name}", partial(_autograd, _name), "Autograd")
-    _backward = operator_of("mix_norm_backward", _name)
-    LIBRARY.impl(f"mix_norm_backward{_name}", partial(backward_autograd, _backward), "Autograd")
-# Where a native library answers under the autograd key, it hands on to these what autograd has to record.
-LIBRARY.impl("mix_norm_autograd", partial(_autograd, ""), "CompositeImplicitAutograd")
-LIBRARY.impl("mix_norm_backward_autograd", partial(backward_autograd, MIX_NORM_BACKWARD), "CompositeImplicitAutograd")
+declare(Operator(
+    "mix_norm", f"({ARGUMENTS}) -> Tensor[]", _reference, mix_norm_composite, _fake, _triton, triton_kernels.serves,
+    _autograd))
+declare(Operator(
+    "mix_norm_backward", f"(Tensor grad, Tensor? partial_grad, {_READ}{_EARLY_NORM}{_OPTIONS}) -> Tensor[]",
+    _backward_reference, mix_norm_backward_composite, _backward_fake, _backward_triton, triton_kernels.serves,
+    partial(backward_autograd, "mix_norm_backward")))
+
+MIX_NORM = operator_of("mix_norm")
+MIX_NORM_BACKWARD = operator_of("mix_norm_backward")
+MIX_NORM_REFERENCE = operator_of("mix_norm_reference")
+MIX_NORM_TRITON = operator_of("mix_norm_triton")
+MIX_NORM_BACKWARD_REFERENCE = operator_of("mix_norm_backward_reference")
+MIX_NORM_BACKWARD_TRITON = operator_of("mix_norm_backward_triton")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import triton as triton_kernels
 from ._compat import below_autograd
 from .cpu import native
 
@@ -46,18 +47,56 @@ def tensors_in(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def native_or(kernel: Callable[..., Any], base: str, *arguments: Any, **outputs: Any) -> Any:
-    """Runs until a native kernel is registered, and after that never again on its device."""
+    """``kernel``, until a native kernel is registered for its device, which is called from then on instead."""
     if all(tensor.device.type == "cpu" for tensor in tensors_in(arguments)) and native.ensure():
         return operator_of(base)(*arguments, **outputs)
     return kernel(*arguments, **outputs)
 
 
 def on_gpu(
-    ours: Callable[..., Any], fallback: Callable[..., Any], first: Tensor | list[Tensor], *rest: Any, **outputs: Any
+    ours: Callable[..., Any], fallback: Callable[..., Any], serves: Callable[[Sequence[Tensor]], bool],
+    first: Tensor | list[Tensor], *rest: Any, **outputs: Any,
 ) -> Any:
-    """Triton where it serves rows of this width: the operators take rows, or a list that begins with them, first."""
-    serves = triton_kernels.serves(first if isinstance(first, list) else [first])
-    return (ours if serves else fallback)(first, *rest, **outputs)
+    """``ours`` where it serves rows of this width: the operators take rows, or a list that begins with them, first."""
+    return (ours if serves(first if isinstance(first, list) else [first]) else fallback)(first, *rest, **outputs)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator without outputs to write: what it takes and gives, and who serves it.
+
+    schema: arguments and result, as "(Tensor x) -> Tensor". reference: the kernel of every device that has no other, with
+    results of its own memory. composite: the same as differentiable torch operations, for the transforms that look inside.
+    fake: empty results, after a check of the arguments. triton: the kernels for GPUs, of which ``serves`` tells the rows
+    that they take. autograd: how a call is differentiated, called with the variant before the arguments.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    composite: Callable[..., Any]
+    fake: Callable[..., Any]
+    triton: Callable[..., Any]
+    serves: Callable[[Sequence[Tensor]], bool]
+    autograd: Callable[..., Any]
+
+
+def declare(operator: Operator) -> None:
+    """Define ``attnres::<name>`` and its variants, and register whoever serves them."""
+    name = operator.name
+    for variant in (*VARIANTS, "_autograd"):
+        LIBRARY.define(f"{name}{variant}{operator.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, partial(native_or, operator.reference, name), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, partial(on_gpu, operator.triton, operator.reference, operator.serves), "CUDA")
+    LIBRARY.impl(f"{name}_reference", operator.reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}_triton", operator.triton, "CompositeExplicitAutograd")
+    # Where a native library answers under the autograd key, it hands on to this what autograd has to record.
+    LIBRARY.impl(f"{name}_autograd", partial(operator.autograd, ""), "CompositeImplicitAutograd")
+    for variant in VARIANTS:
+        LIBRARY.impl(f"{name}{variant}", partial(operator.autograd, variant), "Autograd")
+        for key in ("FuncTorchBatched", "Batched"):  # torch.vmap, and torch.autograd.grad(is_grads_batched=True)
+            LIBRARY.impl(f"{name}{variant}", operator.composite, key)
+        torch.library.register_fake(f"attnres::{name}{variant}", operator.fake, lib=LIBRARY)
 
 
 class _Once(torch.autograd.Function):
@@ -75,8 +114,9 @@ class _Once(torch.autograd.Function):
             "For second derivatives use torch.func (grad of grad, hessian).")
 
 
-def backward_autograd(operator: Any, *arguments: Any) -> list[Tensor]:
+def backward_autograd(base: str, variant: str, *arguments: Any) -> list[Tensor]:
     """Call the operator of a backward where autograd may be recording."""
+    operator = operator_of(base, variant)
     tensors = tensors_in(arguments)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return list(_Once.apply(lambda: operator(*arguments), *tensors))

@@ -18,36 +18,17 @@ from . import reference
 from . import triton as triton_kernels
 from ._compat import any_requires_grad, below_autograd, check_value, in_forward_mode, in_functorch_transform
 from .operators import (
-    LIBRARY,
-    VARIANTS,
+    Operator,
     Result,
     backward_autograd,
+    declare,
     empty_results,
-    native_or,
-    on_gpu,
     operator_of,
     round_into_new,
 )
 
 _READ = "Tensor[] sources, Tensor query, Tensor? key_gain, float eps{}, float logit_scale{}, bool normalize_values{}"
 _DEFAULTS = ("=1e-6", "=1.0", "=False")
-
-for _name in (*VARIANTS, "_autograd"):
-    for _schema in (
-        f"mix_phase1{_name}({_READ.format(*_DEFAULTS)}) -> Tensor[]",
-        f"mix_phase1_backward{_name}(Tensor[] grads, {_READ.format('', '', '')}) -> Tensor[]",
-        f"mix_phase2{_name}(Tensor mixed, Tensor lse, {_READ.format(*_DEFAULTS)}, float output_factor=1.0) -> Tensor",
-        f"mix_phase2_backward{_name}(Tensor grad, Tensor mixed, Tensor lse, {_READ.format('', '', '')}, float output_factor)"
-        " -> Tensor[]",
-    ):
-        LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-PHASE1 = torch.ops.attnres.mix_phase1.default
-PHASE2 = torch.ops.attnres.mix_phase2.default
-PHASE1_REFERENCE = torch.ops.attnres.mix_phase1_reference.default
-PHASE2_REFERENCE = torch.ops.attnres.mix_phase2_reference.default
-PHASE1_TRITON = torch.ops.attnres.mix_phase1_triton.default
-PHASE2_TRITON = torch.ops.attnres.mix_phase2_triton.default
 
 
 def _read_defaults(eps: float = 1e-6, logit_scale: float = 1.0, normalize_values: bool = False) -> tuple[float, float, bool]:
@@ -307,35 +288,28 @@ def _phase2_backward_triton(
     return triton_kernels.mix_phase2_backward(grad, mixed, lse, sources, query, key_gain, *options)
 
 
-# ------------------------------------------------------------------------------------------------ registration
+# ------------------------------------------------------------------------------------------------ declaration
 
 
-for _base, _kernel, _triton in (
-    ("mix_phase1", _phase1_reference, _phase1_triton),
-    ("mix_phase1_backward", _phase1_backward_reference, _phase1_backward_triton),
-    ("mix_phase2", _phase2_reference, _phase2_triton),
-    ("mix_phase2_backward", _phase2_backward_reference, _phase2_backward_triton),
-):
-    LIBRARY.impl(_base, partial(native_or, _kernel, _base), "CompositeExplicitAutograd")
-    LIBRARY.impl(_base, partial(on_gpu, _triton, _kernel), "CUDA")
-    LIBRARY.impl(f"{_base}_reference", _kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{_base}_triton", _triton, "CompositeExplicitAutograd")
-# Where a native library answers under the autograd key, it hands on to these what autograd has to record.
-LIBRARY.impl("mix_phase1_autograd", partial(_phase1_autograd, ""), "CompositeImplicitAutograd")
-LIBRARY.impl("mix_phase2_autograd", partial(_phase2_autograd, ""), "CompositeImplicitAutograd")
-for _base in ("mix_phase1_backward", "mix_phase2_backward"):
-    LIBRARY.impl(f"{_base}_autograd", partial(backward_autograd, operator_of(_base)), "CompositeImplicitAutograd")
-    for _name in VARIANTS:
-        LIBRARY.impl(f"{_base}{_name}", partial(backward_autograd, operator_of(_base, _name)), "Autograd")
-for _name in VARIANTS:
-    LIBRARY.impl(f"mix_phase1{_name}", partial(_phase1_autograd, _name), "Autograd")
-    LIBRARY.impl(f"mix_phase2{_name}", partial(_phase2_autograd, _name), "Autograd")
-    for _key in ("FuncTorchBatched", "Batched"):
-        LIBRARY.impl(f"mix_phase1{_name}", phase1_composite, _key)
-        LIBRARY.impl(f"mix_phase1_backward{_name}", phase1_backward_composite, _key)
-        LIBRARY.impl(f"mix_phase2{_name}", phase2_composite, _key)
-        LIBRARY.impl(f"mix_phase2_backward{_name}", phase2_backward_composite, _key)
-    torch.library.register_fake(f"attnres::mix_phase1{_name}", _phase1_fake, lib=LIBRARY)
-    torch.library.register_fake(f"attnres::mix_phase1_backward{_name}", _phase1_backward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"attnres::mix_phase2{_name}", _phase2_fake, lib=LIBRARY)
-    torch.library.register_fake(f"attnres::mix_phase2_backward{_name}", _phase2_backward_fake, lib=LIBRARY)
+declare(Operator(
+    "mix_phase1", f"({_READ.format(*_DEFAULTS)}) -> Tensor[]",
+    _phase1_reference, phase1_composite, _phase1_fake, _phase1_triton, triton_kernels.serves, _phase1_autograd))
+declare(Operator(
+    "mix_phase1_backward", f"(Tensor[] grads, {_READ.format('', '', '')}) -> Tensor[]",
+    _phase1_backward_reference, phase1_backward_composite, _phase1_backward_fake, _phase1_backward_triton,
+    triton_kernels.serves, partial(backward_autograd, "mix_phase1_backward")))
+declare(Operator(
+    "mix_phase2", f"(Tensor mixed, Tensor lse, {_READ.format(*_DEFAULTS)}, float output_factor=1.0) -> Tensor",
+    _phase2_reference, phase2_composite, _phase2_fake, _phase2_triton, triton_kernels.serves, _phase2_autograd))
+declare(Operator(
+    "mix_phase2_backward",
+    f"(Tensor grad, Tensor mixed, Tensor lse, {_READ.format('', '', '')}, float output_factor) -> Tensor[]",
+    _phase2_backward_reference, phase2_backward_composite, _phase2_backward_fake, _phase2_backward_triton,
+    triton_kernels.serves, partial(backward_autograd, "mix_phase2_backward")))
+
+PHASE1 = torch.ops.attnres.mix_phase1.default
+PHASE2 = torch.ops.attnres.mix_phase2.default
+PHASE1_REFERENCE = torch.ops.attnres.mix_phase1_reference.default
+PHASE2_REFERENCE = torch.ops.attnres.mix_phase2_reference.default
+PHASE1_TRITON = torch.ops.attnres.mix_phase1_triton.default
+PHASE2_TRITON = torch.ops.attnres.mix_phase2_triton.default

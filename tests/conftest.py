@@ -6,8 +6,8 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-import releases
 import torch
+from support import releases
 
 # Compilers allocate millions of objects that live to the end of a test: to look through them each 700 allocations is a tenth
 # of the time.
@@ -17,7 +17,7 @@ gc.set_threshold(100_000, 50, 100)
 @pytest.fixture(scope="session", autouse=True)
 def _few_calls_of_the_cpp_compiler() -> Iterator[None]:
     """Inductor's kernels in few translation units; what tests run in a process of its own is built as users have it."""
-    from one_unit import one_unit
+    from support.one_unit import one_unit
 
     with one_unit():
         yield

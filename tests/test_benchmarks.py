@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import load_script
+from support.scripts import load_script
 
 import attnres_fx
 

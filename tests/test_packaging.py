@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import networkx as nx
 import pytest
+import torch
 
 import attnres_fx
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"attnres_fx": ROOT / "attnres_fx", "attnres_fx.passes": ROOT / "passes",
            "attnres_fx.runtime": ROOT / "runtime"}
-FILES = [(package, path) for package, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
+FILES = [(".".join([package, *path.relative_to(folder).parent.parts]), path)
+         for package, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
+IDS = [f"{package}/{path.name}" for package, path in FILES]
 
 
 def run(code: str, cwd: Path) -> str:
@@ -51,7 +55,7 @@ def test_importing_after_torch_registers_the_operators(tmp_path: Path) -> None:
 
 
 def test_help_is_fast_and_loads_no_torch(tmp_path: Path) -> None:
-    code = ("import sys\nfrom attnres_fx.cli import main\nsys.argv = ['attnres', '--help']\n"
+    code = ("import sys\nfrom attnres_fx.cli.commands import main\nsys.argv = ['attnres', '--help']\n"
             "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
             "print([n for n in ('torch', 'networkx', 'transformers') if n in sys.modules])")
     assert run(code, tmp_path) == "[]"
@@ -103,7 +107,7 @@ def test_entry_points() -> None:
     backends = entry_points(group="torch_dynamo_backends", name="attnres")
     assert {point.value for point in backends} == {"attnres_fx.backend:attnres"}
     commands = entry_points(group="console_scripts", name="attnres")
-    assert {point.value for point in commands} == {"attnres_fx.cli:main"}
+    assert {point.value for point in commands} == {"attnres_fx.cli.commands:main"}
 
 
 def project_line(key: str) -> str:
@@ -136,7 +140,7 @@ def layer_of(name: str) -> int | None:
     return None
 
 
-@pytest.mark.parametrize(("package", "path"), FILES, ids=[f"{package}/{path.name}" for package, path in FILES])
+@pytest.mark.parametrize(("package", "path"), FILES, ids=IDS)
 def test_file(package: str, path: Path) -> None:
     """Imports go attnres_fx -> passes -> runtime and never back; runtime knows nothing of fx; a file fits in a head."""
     own = layer_of(package)
@@ -152,8 +156,60 @@ def test_file(package: str, path: Path) -> None:
     assert "from __future__ import annotations" in text or len(text.splitlines()) < 8
 
 
+# The folders of the compiler in import order: a file imports from its own folder and from those before it. Beside them stand
+# the files that put them together.
+ORDER = ("_compat", "graph", "prepare", "recognize", "find", "rewrite", "lower", "memory")
+
+
+def test_the_folders_of_the_compiler_are_layers() -> None:
+    folders = {path.parent.name for path in FOLDERS["attnres_fx.passes"].glob("*/*.py")}
+    assert folders == set(ORDER)
+    upwards = []
+    for package, path in FILES:
+        if not package.startswith("attnres_fx.passes."):
+            continue
+        own = ORDER.index(package.rsplit(".", 1)[-1])
+        for name in imported(package, path):
+            rest = name.removeprefix("attnres_fx.passes.").split(".")
+            if name.startswith("attnres_fx.passes.") and (rest[0] not in ORDER or ORDER.index(rest[0]) > own):
+                upwards.append((path.name, name))
+    assert not upwards
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    modules = {f"{package}.{path.stem}".removesuffix(".__init__"): (package, path) for package, path in FILES}
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for module, (package, path) in modules.items():
+        for name in imported(package, path):
+            found = name if name in modules else name.rpartition(".")[0]
+            if found in modules and found != module and module != "attnres_fx":  # whose imports are for type checkers
+                graph.add_edge(module, found)
+    assert not [circle for circle in nx.strongly_connected_components(graph) if len(circle) > 1]
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """``import attnres_fx.x`` puts the module x into attnres_fx, in the place of a function of that name."""
+    beside = {path.stem for path in (ROOT / "attnres_fx").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert beside & set(attnres_fx.__all__) == {"errors"}
+
+
+def test_the_vocabulary_alone_knows_names_of_operators() -> None:
+    """Sets of operators that passes spell out for themselves drift apart: two or more ATen names in one set."""
+    found = []
+    for package, path in FILES:
+        if not package.startswith("attnres_fx.passes.") or path.name in ("vocabulary.py", "aliases.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            words = node.elts if isinstance(node, ast.Set) else []
+            names = [str(word.value) for word in words if isinstance(word, ast.Constant)]
+            devices = ("cuda", "cpu")
+            if sum(hasattr(torch.ops.aten, name) for name in names if name.isidentifier() and name not in devices) > 1:
+                found.append((path.name, node.lineno, names))
+    assert not found
+
+
 # The files that may touch torch's private interfaces, each with tests for a new release to pass.
-PRIVATE = {"passes/_compat.py", "passes/_dynamo.py", "passes/_distributed.py", "runtime/_compat.py"}
+PRIVATE = {"attnres_fx.passes._compat", "attnres_fx.runtime/_compat.py"}
 # What stands elsewhere: where an nn.Module keeps its own children, parameters and buffers, whose names are as old as torch,
 # as a module that overrides attribute access is told by nothing else, and setattr would run its hooks.
 KNOWN = {"_modules", "_parameters", "_buffers"}
@@ -183,10 +239,10 @@ def private_names(tree: ast.Module) -> Iterator[str]:
                 yield name
 
 
-@pytest.mark.parametrize(("package", "path"), FILES, ids=[f"{package}/{path.name}" for package, path in FILES])
+@pytest.mark.parametrize(("package", "path"), FILES, ids=IDS)
 def test_private_names_of_torch_stand_in_few_files(package: str, path: Path) -> None:
     found = list(private_names(ast.parse(path.read_text(encoding="utf-8"))))
-    if f"{path.parent.name}/{path.name}" not in PRIVATE:
+    if not {package, f"{package}/{path.name}"} & PRIVATE:
         assert not found, f"{path.name}: move {found} to a module named _compat"
 
 

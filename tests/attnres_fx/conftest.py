@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnres_fx import backend as backend_module
-from attnres_fx.passes import arena as arena_pass
-from attnres_fx.passes.arena import Arena, plan_arenas
+from attnres_fx import downstream as downstream_module
+from attnres_fx.passes.memory import place as arena_pass
+from attnres_fx.passes.memory.place import Arena, plan_arenas
 from attnres_fx.runtime.arena import ArenaPool
 from attnres_fx.runtime.mix_norm import MIX_NORM_REFERENCE
 
@@ -50,7 +50,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[ArenaPool]]:
         found.append(weakref.ref(pool))
         return pool
 
-    monkeypatch.setattr(backend_module, "ArenaPool", make)
+    monkeypatch.setattr(downstream_module, "ArenaPool", make)
     return found
 
 

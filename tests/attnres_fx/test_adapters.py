@@ -9,10 +9,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
-from checkpoint_models import disturb
+from support import models
+from support.checkpoint_models import disturb
 from torch import Tensor, nn
 
 import attnres_fx
@@ -43,7 +43,7 @@ def logits(model: Any) -> Tensor:
 
 def reference(model: Any, attnres: Any) -> Tensor:
     """The independent network, with the queries of ``attnres`` and the layers of ``model``, adapters included."""
-    from reference import llama as by_hand
+    from support.reference import llama as by_hand
 
     with torch.no_grad():
         return by_hand(model, models.token_ids(), attnres.stream.query, attnres.stream.key_gain, [2, 4])

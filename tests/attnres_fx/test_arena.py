@@ -7,19 +7,19 @@ import re
 import weakref
 from dataclasses import replace
 
-import models
 import pytest
 import torch
-from arenas import LAYERS, WIDTH, Tower, close, fast, held, ids, tower
+from support import models
+from support.arenas import LAYERS, WIDTH, Tower, close, fast, held, ids, tower
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import attnres_fx
-from attnres_fx.conversion import plans_of
-from attnres_fx.memory import plan_memory
-from attnres_fx.passes import arena as arena_pass
-from attnres_fx.passes.arena import Arena
-from attnres_fx.passes.layout import Layout
+from attnres_fx.converted import plans_of
+from attnres_fx.passes.memory import place as arena_pass
+from attnres_fx.passes.memory.layout import Layout
+from attnres_fx.passes.memory.place import Arena
+from attnres_fx.reports.memory import plan_memory
 from attnres_fx.runtime.arena import ArenaPool
 from attnres_fx.runtime.errors import LayoutError
 

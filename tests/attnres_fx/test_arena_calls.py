@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from arenas import LAYERS, WIDTH, Tower, close, fast, held, ids, tower
-from scripts import load_script
+from support.arenas import LAYERS, WIDTH, Tower, close, fast, held, ids, tower
+from support.scripts import load_script
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import attnres_fx
-from attnres_fx.passes.arena import Arena
+from attnres_fx.passes.memory.place import Arena
 from attnres_fx.runtime.arena import ArenaPool
 from attnres_fx.runtime.mix_norm import MIX_NORM_REFERENCE
 

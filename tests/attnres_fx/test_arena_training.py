@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import models
 import pytest
 import torch
-from arenas import LAYERS, WIDTH, Tower, close, fast, ids, tower
+from support import models
+from support.arenas import LAYERS, WIDTH, Tower, close, fast, ids, tower
 from torch import Tensor, nn
 
 import attnres_fx
-from attnres_fx.passes.arena import Arena
+from attnres_fx.passes.memory.place import Arena
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

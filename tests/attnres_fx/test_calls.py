@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
 from torch import Tensor, nn
 
 import attnres_fx

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import load_script
+from support.scripts import load_script
 from torch import Tensor, nn
 
 import attnres_fx

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import models
 import pytest
 import torch
+from support import models
 from torch import Tensor
 
 import attnres_fx

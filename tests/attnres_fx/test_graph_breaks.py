@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
+from support import models
 from torch import Tensor, nn
 
 import attnres_fx

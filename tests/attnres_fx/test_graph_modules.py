@@ -7,11 +7,10 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
+from support import models, reference
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import handwritten
-import models
 import pytest
 import torch
-from handwritten import NearMiss, Network, Read
-from models import relative
+from support import handwritten, models
+from support.handwritten import NearMiss, Network, Read
+from support.models import relative
 from torch import Tensor, fx, nn
 
 import attnres_fx
 from attnres_fx import backend
 from attnres_fx.errors import HandWrittenMixError
-from attnres_fx.passes.vocabulary import is_mix
+from attnres_fx.passes.graph.vocabulary import is_mix
 
 READS = {read.name: read for read in (*handwritten.READS, *handwritten.NEAR_MISSES)}
 # "cat-2" makes its weights in float32 whatever the dtype; the operator rounds later.

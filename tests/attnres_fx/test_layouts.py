@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import LAYOUTS, WIDTH, Image, Network, encoder
+from support.layouts import LAYOUTS, WIDTH, Image, Network, encoder
 from torch import Tensor, nn
 
 import attnres_fx
-from attnres_fx.passes import arena as arena_pass
-from attnres_fx.passes import rows as rows_pass
-from attnres_fx.passes.arena import Arena
+from attnres_fx.passes.memory import place as arena_pass
+from attnres_fx.passes.memory import rows as rows_pass
+from attnres_fx.passes.memory.place import Arena
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 REFERENCE = {"downstream": "eager", "kernels": "reference", "schedule": "one-pass", "fuse": "never"}

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
 from torch import Tensor, fx
 
 import attnres_fx
-from attnres_fx.passes import rewrite
+from attnres_fx.passes.graph.record import record_of
+from attnres_fx.passes.rewrite import match, rewrite
 from attnres_fx.runtime.mix import MIX
 
 LAYERS, CLOSING = 6, [2, 4, 6]
@@ -37,7 +37,7 @@ def boundary_moved(patch: pytest.MonkeyPatch) -> None:
     """Blocks close one layer late."""
     rewriter = rewrite._Rewriter
 
-    def wrong(graph: fx.Graph, assignment: rewrite.Assignment) -> Any:
+    def wrong(graph: fx.Graph, assignment: match.Assignment) -> Any:
         return rewriter(graph, replace(assignment, plan=replace(assignment.plan, boundaries=(3, 5, 6))))
 
     patch.setattr(rewrite, "_Rewriter", wrong)
@@ -90,7 +90,7 @@ def wrong_position(patch: pytest.MonkeyPatch) -> None:
         node = insert(graph, target, args, **options)
         if target is not MIX:
             return node
-        position = node.meta["attnres"]["position"]
+        position = record_of(node).position
         earlier[position] = node
         return earlier[2] if position == 3 else node
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from arenas import Tower, ids
+from support.arenas import Tower, ids
 from torch import Tensor, nn
 
 import attnres_fx

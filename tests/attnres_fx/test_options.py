@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import attnres_fx
-from attnres_fx import backend as backend_module
+from attnres_fx import downstream as downstream_module
 from attnres_fx.errors import MemoryBudgetError, OptionError
 from attnres_fx.options import DOWNSTREAMS, Options
-from attnres_fx.passes._dynamo import inner_error
+from attnres_fx.passes._compat.dynamo import inner_error
 
 
 class Tower(nn.Module):
@@ -166,7 +166,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append(patches)
         return gm.forward
 
-    monkeypatch.setattr(backend_module, "run_inductor", record)
+    monkeypatch.setattr(downstream_module, "run_inductor", record)
     return seen
 
 

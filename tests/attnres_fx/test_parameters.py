@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
 from torch import Tensor
 
 import attnres_fx
+from attnres_fx.passes.findings import find_marked
 
 NEW = ["attnres.stream.query", "attnres.stream.key_gain"]
 
@@ -135,15 +135,14 @@ def test_autocast_is_close_to_the_reference(compiled: bool) -> None:
 
 def test_autocast_with_a_low_precision_embedding_keeps_float32_blocks() -> None:
     """A block's first term takes the dtype of the original sum, so that block sums are not rounded to bfloat16."""
-    from attnres_fx.passes.capture import capture
-    from attnres_fx.passes.lower import lower_marked
-    from attnres_fx.passes.vocabulary import is_mix
+    from attnres_fx.passes.graph.capture import capture
+    from attnres_fx.passes.graph.vocabulary import is_mix
 
     model, ids = models.nanogpt(6, width=16, heads=2), models.token_ids(2, 5)
     attnres_fx.convert(model, ids, num_blocks=3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         gm, _ = capture(model, (ids,), {})
-    mixes = [node for node in lower_marked(gm)[0].graph.nodes if is_mix(node)]
+    mixes = [node for node in find_marked(gm).rewritten().graph.nodes if is_mix(node)]
     assert len(mixes) == 6
     dtypes = {source.meta["example_value"].dtype for mix in mixes for source in mix.args[0]}
     assert dtypes == {torch.float32} == {mix.meta["example_value"].dtype for mix in mixes}

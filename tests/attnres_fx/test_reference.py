@@ -6,10 +6,9 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
 from torch import Tensor, nn
 
 import attnres_fx

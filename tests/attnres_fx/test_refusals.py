@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fused
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
+from support import opaque_norms as fused
 from torch import Tensor, nn
 
 import attnres_fx

@@ -6,17 +6,17 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
 from torch import Tensor, fx
 
 import attnres_fx
-from attnres_fx.passes.capture import capture
-from attnres_fx.passes.lower import lower_marked
-from attnres_fx.passes.partition import sources_at
-from attnres_fx.passes.vocabulary import is_mix, op_name
+from attnres_fx.passes.findings import find_marked
+from attnres_fx.passes.graph.capture import capture
+from attnres_fx.passes.graph.record import record_of
+from attnres_fx.passes.graph.vocabulary import is_mix, op_name
+from attnres_fx.passes.rewrite.partition import sources_at
 from attnres_fx.runtime.mix import depth_weights
 
 # (layers, layers a block): even, odd, non-dividing, whole, one block, Full.
@@ -36,7 +36,7 @@ def converted(num_layers: int, **options: Any) -> Any:
 
 def rewritten_graph(model: Any) -> tuple[fx.GraphModule, list[Any]]:
     gm, inputs = capture(model, (models.token_ids(2, 5),), {})
-    return lower_marked(gm)[0], inputs
+    return find_marked(gm).rewritten(), inputs
 
 
 @functools.cache
@@ -49,14 +49,14 @@ def shaped(num_layers: int, size: int) -> tuple[Any, fx.GraphModule, list[Any]]:
 def mixes_of(gm: fx.GraphModule) -> dict[int, fx.Node]:
     """The mix nodes by position; every position at most once."""
     found = [node for node in gm.graph.nodes if is_mix(node)]
-    positions = [node.meta["attnres"]["position"] for node in found]
+    positions = [record_of(node).position for node in found]
     assert len(set(positions)) == len(positions)
     return dict(zip(positions, found))
 
 
 def terms_of(source: fx.Node, embedding: fx.Node) -> list[fx.Node]:
     """The layer outputs that a block sum adds up, seen through the additions that the rewrite made."""
-    if source is not embedding and op_name(source) == "add" and source.meta.get("attnres", {}).get("role") == "partial":
+    if source is not embedding and op_name(source) == "add" and getattr(record_of(source), "role", "") == "partial":
         return [term for part in source.all_input_nodes for term in terms_of(part, embedding)]
     return [source]
 

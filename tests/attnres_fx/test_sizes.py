@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from arenas import close
-from checkpoint_models import disturb
+from support.arenas import close
+from support.checkpoint_models import disturb
 from torch import Tensor, nn
 
 import attnres_fx

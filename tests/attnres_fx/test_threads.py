@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import models
 import pytest
 import torch
-from arenas import Tower, close, ids
-from checkpoint_models import disturb
+from support import models
+from support.arenas import Tower, close, ids
+from support.checkpoint_models import disturb
 from torch import Tensor, nn
 
 import attnres_fx

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
 from torch import Tensor, nn
 
 import attnres_fx

@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
+from support import models, reference
 from torch import Tensor, nn
 
 import attnres_fx

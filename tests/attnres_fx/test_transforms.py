@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import models
 import pytest
 import torch
-from checkpoint_models import disturb
+from support import models
+from support.checkpoint_models import disturb
 from torch import Tensor, nn
 
 import attnres_fx

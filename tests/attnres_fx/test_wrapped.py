@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
+from support import models, reference
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint

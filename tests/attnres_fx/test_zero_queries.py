@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import pytest
 import torch
+from support import models
 
 import attnres_fx
 

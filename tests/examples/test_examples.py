@@ -6,10 +6,10 @@ import math
 import re
 from pathlib import Path
 
-import handwritten
 import pytest
 import torch
-from scripts import ROOT, load_script
+from support import handwritten
+from support.scripts import ROOT, load_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 

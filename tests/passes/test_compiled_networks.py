@@ -14,18 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from compared import REFERENCE, check_both, disturbed
-from network_graphs import queries, rewritten
-from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, SPELLINGS, LayerSpec, Network, Spec, normal_spec
+from support.compared import REFERENCE, check_both, disturbed
+from support.network_graphs import queries, rewritten
+from support.networks import BRANCHES, INJECTIONS, NO_CONTRACTION, SPELLINGS, LayerSpec, Network, Spec, normal_spec
+from support.passes import prepared
 from torch import Tensor, nn
 
 import attnres_fx
-from attnres_fx.backend import attnres, compile_downstream
+from attnres_fx.backend import attnres
+from attnres_fx.downstream import compile_downstream
 from attnres_fx.options import Options
-from attnres_fx.passes.capture import capture
-from attnres_fx.passes.detect import detect
-from attnres_fx.passes.lower import prepare
-from attnres_fx.passes.partition import partition
+from attnres_fx.passes.find.detect import detect
+from attnres_fx.passes.graph.capture import capture
+from attnres_fx.passes.rewrite.partition import partition
 
 Check = Callable[[Spec, dict[str, Any]], None]
 
@@ -93,8 +94,8 @@ def check_graph(spec: Spec, options: dict[str, Any]) -> None:
     network = Network(spec).double()
     ids = torch.randint(0, 17, (3, 5), generator=torch.Generator().manual_seed(spec.seed))
     captured, inputs = capture(network, (ids,), {})
-    gm = prepare(captured)
-    (stream,) = detect(gm)
+    gm = prepared(captured)
+    (stream,) = detect(gm.graph)
     assert stream.num_layers == len(spec.layers)
     graph = rewritten(gm, stream, partition(stream.num_layers, layers_per_block=1 + spec.seed // 8 % 3), "paper")
     graph.meta.pop("dynamo_compile_id", None)  # two inputs are not its own

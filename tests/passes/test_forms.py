@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
+from support import models
+from support.graphs import WIDTH, Step, Toy, assert_sound, run, toy_input, trace
+from support.passes import in_place
 from torch import Tensor, nn
-from traced import WIDTH, Step, Toy, assert_sound, run, toy_input, trace
 
 import attnres_fx
 from attnres_fx import errors
-from attnres_fx.passes.injections import injections, injections_graph
-from attnres_fx.report import ResidualStream
+from attnres_fx.passes.graph.context import Context
+from attnres_fx.passes.prepare.injections import add_injections
+from attnres_fx.reports.streams import ResidualStream
 
 
 @pytest.fixture(autouse=True)
@@ -97,11 +99,11 @@ def test_injections_become_sums(name: str, tracer: str) -> None:
     with torch.no_grad():
         (expected,) = model(*inputs)
     gm, values = trace(model, *inputs, tracer=tracer)
-    injections(gm)
+    in_place(add_injections, gm)
     torch.testing.assert_close(run(gm, values), expected, rtol=1e-12, atol=1e-12)
     assert_sound(gm, values)
     once = str(gm.graph)
-    assert injections_graph(gm.graph) == 0 and str(gm.graph) == once
+    assert add_injections(gm.graph, Context()) == 0 and str(gm.graph) == once
 
 
 @pytest.mark.parametrize("watched", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -287,7 +289,7 @@ def refused(model: nn.Module, expected: type[Exception], words: str, layers: int
         assert [(s.num_layers, s.norm_placement) for s in report.streams] == [(layers, placement)]
     with pytest.raises(expected, match=words) as caught:
         attnres_fx.convert(model, x)
-    assert "test_forms.py" in str(caught.value) or "traced.py" in str(caught.value)
+    assert "test_forms.py" in str(caught.value) or "graphs.py" in str(caught.value)
 
 
 def test_a_first_value_added_again_is_a_term() -> None:

@@ -5,20 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
-from network_graphs import queries, rewritten
-from networks import BRANCHES, INJECTIONS, NO_CONTRACTION, OBSTACLES, SPELLINGS, LayerSpec, Network, Spec, normal_spec
+from support import reference
+from support.dominators import bypassed
+from support.network_graphs import queries, rewritten
+from support.networks import (
+    BRANCHES,
+    INJECTIONS,
+    NO_CONTRACTION,
+    OBSTACLES,
+    SPELLINGS,
+    LayerSpec,
+    Network,
+    Spec,
+    normal_spec,
+)
+from support.passes import prepared
 from torch import Tensor
 
 import attnres_fx
-from attnres_fx.passes.capture import capture
-from attnres_fx.passes.detect import detect
-from attnres_fx.passes.lower import prepare
-from attnres_fx.passes.partition import partition
-from attnres_fx.passes.streams import Stream
+from attnres_fx.passes.find.detect import detect
+from attnres_fx.passes.find.streams import Stream
+from attnres_fx.passes.graph.capture import capture
+from attnres_fx.passes.rewrite.partition import partition
 
 LAYERS = st.builds(LayerSpec, st.sampled_from(BRANCHES), st.sampled_from(SPELLINGS))
 SPECS = st.builds(
@@ -52,7 +63,7 @@ def check(spec: Spec) -> str:
     network = Network(spec).double()
     ids = torch.randint(0, 17, (3, 5), generator=torch.Generator().manual_seed(spec.seed))
     captured, inputs = capture(network, (ids,), {})
-    streams = detect(prepare(captured))
+    streams = detect(prepared(captured).graph)
     if spec.obstacle is not None:
         return check_refusal(spec, streams)
     kinds = [layer.branch for layer in spec.layers]
@@ -69,6 +80,7 @@ def check(spec: Spec) -> str:
     assert [stream.num_layers for stream in streams] == [len(kinds)], spec
     stream = streams[0]
     assert stream.refusal() is None, stream.refusal()
+    assert not bypassed(stream) or spec.injection is not None, spec
     invariant = spec.final_norm and not spec.read_hidden and "plain" not in kinds[1:]
     invariant = invariant and not (spec.injection is not None and spec.late)
     assert stream.function_preserving == invariant, (spec, stream.raw_readers)
@@ -77,8 +89,8 @@ def check(spec: Spec) -> str:
         query, gain = queries(len(kinds), network.width, spec.seed)
         with torch.no_grad():
             wanted = by_definition(network, ids, query, gain, boundaries, mix_scale)
-            fresh = prepare(captured)
-            graph = rewritten(fresh, detect(fresh)[0], boundaries, mix_scale)
+            fresh = prepared(captured)
+            graph = rewritten(fresh, detect(fresh.graph)[0], boundaries, mix_scale)
             got = graph(query, gain, *inputs)
             for ours, theirs in zip(got, wanted, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

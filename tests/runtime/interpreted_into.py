@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.written import BASES, check, make
 from torch import Tensor
-from written import BASES, check, make
 
 from attnres_fx.errors import KernelError
 from attnres_fx.runtime.into import INTO

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import traffic
+from support import kernel_traffic as traffic
 from torch import Tensor
 
 from attnres_fx.errors import KernelError
-from attnres_fx.runtime import costs, mix_norm
+from attnres_fx.runtime import mix_norm
 from attnres_fx.runtime.triton import configs
+from attnres_fx.runtime.triton import traffic as costs
 
 FORWARD, BACKWARD = mix_norm.MIX_NORM_TRITON, mix_norm.MIX_NORM_BACKWARD_TRITON
 DOUBLE = torch.float64

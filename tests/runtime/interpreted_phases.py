@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-import traffic
+from support import kernel_traffic as traffic
 from torch import Tensor
 
 from attnres_fx.errors import KernelError
-from attnres_fx.runtime import costs, phases, reference
+from attnres_fx.runtime import phases, reference
 from attnres_fx.runtime.mix import mix
 from attnres_fx.runtime.norm import Norm
 from attnres_fx.runtime.triton import configs, launch
 from attnres_fx.runtime.triton import phases as kernels
+from attnres_fx.runtime.triton import traffic as costs
 from attnres_fx.runtime.triton.problem import Early, Options, Problem
 
 PHASE1, PHASE2 = phases.PHASE1_TRITON, phases.PHASE2_TRITON

@@ -9,21 +9,23 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import models
 import pytest
 import torch
-import traffic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kernel_traffic as traffic
+from support import models
 from torch import Tensor
 
 import attnres_fx
 from attnres_fx.errors import KernelError
-from attnres_fx.runtime import costs, reference, triton
+from attnres_fx.runtime import reference, triton
 from attnres_fx.runtime.mix import MIX_TRITON
 from attnres_fx.runtime.norm import Norm
-from attnres_fx.runtime.triton import configs, forward, fused, launch, phases
+from attnres_fx.runtime.triton import configs, forward, launch, phases
+from attnres_fx.runtime.triton import launch_norm as fused
 from attnres_fx.runtime.triton import problem as preparation
+from attnres_fx.runtime.triton import traffic as costs
 
 DEFAULTS = (1e-6, 1.0, False, 1.0)
 FAMILY = [DEFAULTS, (1e-6, 0.25, False, 3.0), (1e-2, -1.5, True, 0.5)]

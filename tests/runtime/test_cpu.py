@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import CHECKS, HALF, ROUNDING, Check, Implementation
-from entered import files_entered
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.entered import files_entered
 from torch import Tensor
 
+from attnres_fx.conformance import CHECKS, HALF, ROUNDING, Check, Implementation
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.mix import MIX, MIX_BACKWARD, MIX_BACKWARD_REFERENCE, MIX_REFERENCE, mix
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import HALF, ROUNDING
-from entered import files_entered
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.entered import files_entered
 from torch import Tensor
 
+from attnres_fx.conformance import HALF, ROUNDING
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.phases import PHASE1, PHASE1_REFERENCE, PHASE2, PHASE2_REFERENCE
 

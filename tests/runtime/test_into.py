@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from entered import files_entered
+from support.entered import files_entered
+from support.written import BASES, Call, arena, check, make
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from written import BASES, Call, arena, check, make
 
 from attnres_fx.runtime.cpu import build, native
 from attnres_fx.runtime.into import INTO

@@ -7,18 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import models
 import pytest
 import torch
+from support import models
+from torch import Tensor
 
 import attnres_fx
-from attnres_fx import cli, errors
+from attnres_fx import errors
+from attnres_fx.cli import commands as cli
 from attnres_fx.errors import AttnResError, OptionError
 from attnres_fx.options import Options
-from attnres_fx.runtime import mix_norm, operators, phases, triton
+from attnres_fx.runtime import mix_norm, operators, phases
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -82,12 +85,15 @@ def test_mix_norm_is_refused_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("serves", [False, True])
-def test_what_operators_run_on_a_gpu(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_operators_run_on_a_gpu(serves: bool) -> None:
     """The choice that is registered for GPUs, taken by hand: Triton where it serves, else the reference."""
-    monkeypatch.setattr(triton, "serves", lambda rows: serves and rows[0].shape[-1] == 4)
+
+    def serve(rows: Sequence[Tensor]) -> bool:
+        return serves and rows[0].shape[-1] == 4
+
     row = torch.ones(2, 4)
     for first in (row, [row]):
-        assert operators.on_gpu(lambda *_: True, lambda *_: False, first, None) is serves
+        assert operators.on_gpu(lambda *_: True, lambda *_: False, serve, first, None) is serves
 
 
 def test_the_option() -> None:

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
-from compared import REFERENCE, check_both, disturbed
-from zoo_cases import ZOO, ZooCase
+from support import models
+from support.compared import REFERENCE, check_both, disturbed
+from support.zoo_cases import ZOO, ZooCase
 
 import attnres_fx
 from attnres_fx.analysis import report_of
 from attnres_fx.errors import StreamRefusedError
-from attnres_fx.memory import plan_memory
-from attnres_fx.passes.plan import StreamPlan
+from attnres_fx.passes.rewrite.plan import StreamPlan
+from attnres_fx.reports.memory import plan_memory
 
 pytestmark = pytest.mark.zoo
 

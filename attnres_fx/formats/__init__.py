@@ -1,0 +1,1 @@
+"""Files of converted models: directories, Hugging Face checkpoints, programs of torch.export."""

@@ -1,0 +1,1 @@
+"""Reports for people: streams, memory, kernels, graphs, as tables, drawings and plain data."""

@@ -1,0 +1,1 @@
+"""Is a converted model what it should be: for live models and for programs."""

@@ -1,0 +1,1 @@
+"""Where the compiler touches torch's private interfaces; nothing else does."""

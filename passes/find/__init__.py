@@ -1,0 +1,1 @@
+"""Residual streams: found by data flow, with what stands against a rewrite. Analysis alone."""

@@ -1,0 +1,1 @@
+"""What every pass needs to know about graphs: values, names of operators, memory, edits, capture."""

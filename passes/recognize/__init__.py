@@ -1,0 +1,1 @@
+"""Hand-written mixes: proposed by structure, confirmed by numbers, replaced by the operator."""

@@ -1,0 +1,1 @@
+"""Streams become Attention Residuals: blocks, plans, the match of a graph with its plans, the rewrite."""
