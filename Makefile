@@ -1,5 +1,5 @@
 # One virtual environment in the checkout, made once; every target runs in it.
-#   make demo | test | test-slow | test-many | test-zoo | test-binaries | support | lint | benchmark | gpu-bundle | wheel | clean
+#   make demo | test | test-slow | test-many | test-zoo | test-binaries | docs | support | lint | benchmark | gpu-bundle | wheel | clean
 # ARGS="..." is handed on to the program. TORCH=2.15.0 runs it with another release of torch, in an environment of its own (some
 # 5 GB: the registry's torch for CUDA).
 
@@ -27,7 +27,7 @@ OTHERS := -e '/^triton==/d' -e '/^setuptools==/d' -e 's/^numpy==.*>=.*/numpy==2.
 # A copy of the package as users get it. mypy does not follow the finder of an editable installation.
 TYPED := build/typed
 
-.PHONY: environment demo test test-slow test-many test-zoo test-binaries support lint benchmark gpu-bundle wheel clean
+.PHONY: environment demo test test-slow test-many test-zoo test-binaries docs support lint benchmark gpu-bundle wheel clean
 
 environment: $(STAMP)
 
@@ -48,6 +48,9 @@ test-zoo: $(STAMP)
 
 test-binaries: $(STAMP)
 	$(RUN) -m pytest -m binaries tests/runtime $(ARGS)
+
+docs: $(STAMP)
+	cd tests && $(CURDIR)/$(RUN) -m support.errors_page
 
 support: $(STAMP)
 	$(RUN) -m pytest -m zoo -s -k "not compiled" tests/zoo --support-table README.md $(ARGS)

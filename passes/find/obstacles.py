@@ -26,12 +26,83 @@ from attnres_fx.runtime.errors import (
 
 
 @dataclass(frozen=True)
-class Obstacle:
-    """An operation on the stream itself that forbids the rewrite.
+class Kind:
+    """What a kind of obstacle means: the error that a conversion raises, one sentence of why, what a user can do.
 
-    ``kind`` is "norm", "scale", "first value", "gate", "cell", "lanes", "long skip", "operation", "mutation", "hidden" or
-    "mix"; ``node`` does it.
+    In ``why`` "{}" stands for the name of the operation.
     """
+
+    error: type[StreamRefusedError]
+    why: str
+    remedy: str
+
+
+_ADD_FEATURES = "add the features, h[mask] = h[mask] + features, to a value that no other name refers to"
+KINDS: dict[str, Kind] = {
+    "norm": Kind(
+        PostNormError,
+        "post-norm: '{}' lies on the stream between two additions, so that layers see a normalised sum and no plain sum of "
+        "layer outputs exists",
+        "use a pre-norm variant of the model; attention residuals are defined for pre-norm streams"),
+    "scale": Kind(
+        ScaledStreamError,
+        "the stream itself is scaled between two additions ('{}'), so that it is not the sum of the layer outputs",
+        "move the factor to the branch, or use a variant of the model without it"),
+    "first value": Kind(
+        ScaledStreamError,
+        "the stream is scaled and its first value mixed back in between two additions ('{}'; x0-lambda mixing), so that it "
+        "is not the sum of the layer outputs",
+        "use a variant of the model without the mixing; attention residuals let layers read the embedding"),
+    "cell": Kind(
+        GatedStreamError,
+        "a gated recurrent cell ('{}') takes the place of the residual additions: the stream is its state",
+        "use a variant of the model with plain residual additions"),
+    "lanes": Kind(
+        GatedStreamError,
+        "hyper-connections: several parallel residual lanes are mixed by a small matrix ('{}') between two additions",
+        "use a variant of the model with one residual stream; attention residuals replace the lanes"),
+    "long skip": Kind(
+        StreamOperationError,
+        "a long skip from an earlier layer joins the stream ('{}'; U-Net)",
+        "use a variant of the model without it; attention residuals let layers read earlier blocks"),
+    "overwriting mutation": Kind(
+        MutatedStreamError,
+        "injected features: '{}' writes over a part of the stream instead of adding to it", _ADD_FEATURES),
+    "overwriting operation": Kind(
+        StreamOperationError,
+        "injected features: '{}' writes over a part of the stream instead of adding to it", _ADD_FEATURES),
+    "addition": Kind(
+        StreamOperationError,
+        "injected features: '{}' adds to the stream what some of its readers do not see, in another layout than that of the "
+        "next addition",
+        "add the features in the layout of the layers, or let every reader read the sum"),
+    "gate": Kind(
+        GatedStreamError,
+        "the stream itself is gated by a computed value between two additions ('{}')",
+        "use a variant of the model with plain residual additions"),
+    "mutation": Kind(
+        MutatedStreamError,
+        "a value of the stream is changed in place by '{}', which is not a residual addition",
+        "make the operation out of place, or add its result to the stream"),
+    "hidden": Kind(
+        HiddenLayersError,
+        "further layers of it are hidden in the body of '{}', which may or may not run them",
+        "run the layers without it"),
+    "mix": Kind(
+        HandWrittenMixError,
+        "values of this chain are mixed by a softmax over depth ('{}'): the model already implements attention residuals, "
+        "and is not converted a second time",
+        "compile the model as it is"),
+    "operation": Kind(
+        StreamOperationError,
+        "'{}' lies on the stream between two additions and is not a pass-through",
+        "apply the operation inside a branch, or leave this stream out with streams="),
+}
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """An operation on the stream itself that forbids the rewrite: ``kind``, one of ``KINDS``, and the node that does it."""
 
     kind: str
     node: fx.Node
@@ -42,67 +113,13 @@ class Obstacle:
 
     def explain(self) -> tuple[type[StreamRefusedError], str, str]:
         """(error class, one sentence of why, what the user can do)."""
-        name = op_name(self.node)
-        match self.kind:
-            case "norm":
-                return (PostNormError,
-                        f"post-norm: '{name}' lies on the stream between two additions, so that layers see a normalised "
-                        "sum and no plain sum of layer outputs exists",
-                        "use a pre-norm variant of the model; attention residuals are defined for pre-norm streams")
-            case "scale":
-                return (ScaledStreamError,
-                        f"the stream itself is scaled between two additions ('{name}'), so that it is not the sum of the "
-                        "layer outputs",
-                        "move the factor to the branch, or use a variant of the model without it")
-            case "first value":
-                return (ScaledStreamError,
-                        f"the stream is scaled and its first value mixed back in between two additions ('{name}'; x0-lambda "
-                        "mixing), so that it is not the sum of the layer outputs",
-                        "use a variant of the model without the mixing; attention residuals let layers read the embedding")
-            case "cell":
-                return (GatedStreamError,
-                        f"a gated recurrent cell ('{name}') takes the place of the residual additions: the stream is its "
-                        "state",
-                        "use a variant of the model with plain residual additions")
-            case "lanes":
-                return (GatedStreamError,
-                        f"hyper-connections: several parallel residual lanes are mixed by a small matrix ('{name}') between "
-                        "two additions",
-                        "use a variant of the model with one residual stream; attention residuals replace the lanes")
-            case "long skip":
-                return (StreamOperationError,
-                        f"a long skip from an earlier layer joins the stream ('{name}'; U-Net)",
-                        "use a variant of the model without it; attention residuals let layers read earlier blocks")
-            case "mutation" | "operation" if name in WRITES:
-                return (MutatedStreamError if self.kind == "mutation" else StreamOperationError,
-                        f"injected features: '{name}' writes over a part of the stream instead of adding to it",
-                        "add the features, h[mask] = h[mask] + features, to a value that no other name refers to")
-            case "operation" if name in ADDITIONS:
-                return (StreamOperationError,
-                        f"injected features: '{name}' adds to the stream what some of its readers do not see, in another "
-                        "layout than that of the next addition",
-                        "add the features in the layout of the layers, or let every reader read the sum")
-            case "gate":
-                return (GatedStreamError,
-                        f"the stream itself is gated by a computed value between two additions ('{name}')",
-                        "use a variant of the model with plain residual additions")
-            case "mutation":
-                return (MutatedStreamError,
-                        f"a value of the stream is changed in place by '{name}', which is not a residual addition",
-                        "make the operation out of place, or add its result to the stream")
-            case "hidden":
-                return (HiddenLayersError,
-                        f"further layers of it are hidden in the body of '{name}', which may or may not run them",
-                        "run the layers without it")
-            case "mix":
-                return (HandWrittenMixError,
-                        f"values of this chain are mixed by a softmax over depth ('{name}'): the model spells attention "
-                        "residuals out already, and is not converted a second time",
-                        "compile the model as it is")
-            case _:
-                return (StreamOperationError,
-                        f"'{name}' lies on the stream between two additions and is no pass-through",
-                        "apply the operation inside a branch, or leave this stream out with streams=")
+        name, kind = op_name(self.node), self.kind
+        if kind in ("mutation", "operation") and name in WRITES:
+            kind = f"overwriting {kind}"
+        elif kind == "operation" and name in ADDITIONS:
+            kind = "addition"
+        meant = KINDS[kind]
+        return meant.error, meant.why.format(name), meant.remedy
 
 
 _NAMED = 3
