@@ -23,7 +23,7 @@ from attnres_fx.passes.lower.recomputation import forget_recomputation
 from attnres_fx.passes.lower.reread import reread_norms
 from attnres_fx.passes.lower.schedule import schedule_mixes
 from attnres_fx.passes.lower.select import select_kernels
-from attnres_fx.passes.memory.budget import TILES, parse_budget, too_small
+from attnres_fx.passes.memory.budget import TILES, first_that_fits, parse_budget
 from attnres_fx.passes.memory.layout import plan_layout
 from attnres_fx.passes.memory.lifetimes import lifetimes
 from attnres_fx.passes.memory.place import place_rows
@@ -147,27 +147,22 @@ def lowered_within(gm: fx.GraphModule, context: Context, budget: str | int) -> f
 
     Raises: MemoryBudgetError, with the least that would do, if no schedule fits; OptionError if the budget is none.
     """
-    least, allowed = None, 0
-    for candidate in _candidates(gm, context):
-        steps, tokens = steps_of_graph(candidate)
-        allowed = parse_budget(budget, max(tokens.values(), default=1))
-        held = plan_layout(lifetimes(steps, context.training), tokens).arena
-        if held <= allowed:
-            return candidate
-        least = held if least is None else min(least, held)
-    assert least is not None
-    raise too_small(allowed, least)
+    return first_that_fits(_candidates(gm, context, budget))
 
 
-def _candidates(gm: fx.GraphModule, context: Context) -> Iterator[fx.GraphModule]:
-    """A graph for each query tile that makes a difference, the largest tile first."""
+def _candidates(
+    gm: fx.GraphModule, context: Context, budget: str | int
+) -> Iterator[tuple[fx.GraphModule, int, int | None]]:
+    """A graph for each query tile that makes a difference, the largest tile first, with the bytes it holds and may hold."""
     seen = set()
     for tile in TILES:
         candidate = run(LOWER, gm, replace(context, most_queries=tile))
         code = str(candidate.graph)
         if code not in seen:
             seen.add(code)
-            yield candidate
+            steps, tokens = steps_of_graph(candidate)
+            held = plan_layout(lifetimes(steps, context.training), tokens).arena
+            yield candidate, held, parse_budget(budget, max(tokens.values(), default=1))
 
 
 def _check(each: Pass, graph: fx.Graph, context: Context, before: frozenset[fx.Node]) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from attnres_fx.passes.find.streams import Stream
 from attnres_fx.passes.graph.nodes import place_of
-from attnres_fx.passes.lower.bytes_moved import Machine, schedule, sources_of_plan
+from attnres_fx.passes.lower.bytes_moved import gpu_machine, schedule, sources_of_plan
 from attnres_fx.passes.rewrite.partition import sources_at
 from attnres_fx.passes.rewrite.plan import StreamPlan
-from attnres_fx.runtime.triton.configs import queries_per_sweep
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def schedules(plans: Sequence[StreamPlan], tokens: int) -> list[dict[str, Any]]:
     """
     rows = []
     for plan, training in itertools.product(plans, (False, True)):
-        machine = Machine(plan.width, 2, tokens, training, queries_per_sweep(plan.width, 2, training), plan.key_gain)
+        machine = gpu_machine(plan.width, 2, tokens, training, plan.key_gain)
         groups = schedule(sources_of_plan(plan.boundaries, plan.num_layers), machine)
         for alone, run in itertools.groupby(groups, key=lambda group: group.prefix == 0):
             parts = list(run)

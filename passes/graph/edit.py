@@ -62,7 +62,8 @@ def insert_call(
     """Add ``target(*args)`` at the graph's insert point with a traced value and the provenance of ``like``.
 
     ``value`` is the traced value where the caller knows it; otherwise it is computed on the arguments' fake values.
-    This is the one place where passes make nodes, so that none is ever left without a value or a module stack.
+    Passes make new computations here, so that none is left without a value or a module stack. (What they copy from another
+    graph keeps its own; `memory.place` makes nodes that write memory, whose values are known to it alone.)
     """
     kwargs = kwargs or {}
     node = graph.call_function(target, args, kwargs)

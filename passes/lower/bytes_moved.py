@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
+from attnres_fx.runtime.triton.configs import queries_per_sweep
+
 # Phase 1 keeps a sum a query; beyond so many queries they leave the first-level cache of a CPU at common widths.
 MOST_QUERIES = 32
 # Bytes held against a one-pass read that make a group of anything that has a source in common.
@@ -42,6 +44,18 @@ class Machine:
     def parameters(self) -> float:
         """Bytes of one query and its gain, per token."""
         return (1 + self.gain) * self.width * _STATISTICS / max(self.tokens, 1)
+
+
+def cpu_machine(width: int, element: int, tokens: float, training: bool, gain: bool) -> Machine:
+    """The CPU: one sweep serves as many queries as a phase 1."""
+    return Machine(width, element, tokens, training, MOST_QUERIES, gain)
+
+
+def gpu_machine(
+    width: int, element: int, tokens: float, training: bool, gain: bool, normalize_values: bool = False
+) -> Machine:
+    """A GPU: how many queries a sweep serves is the Triton kernels' choice."""
+    return Machine(width, element, tokens, training, queries_per_sweep(width, element, training, normalize_values), gain)
 
 
 @dataclass(frozen=True)

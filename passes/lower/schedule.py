@@ -25,9 +25,8 @@ from attnres_fx.passes.graph.edit import insert_call, keep_tags, movable_calls, 
 from attnres_fx.passes.graph.nodes import value_of
 from attnres_fx.passes.graph.record import Record, record_of
 from attnres_fx.passes.graph.vocabulary import argument, is_mix, op_name
-from attnres_fx.passes.lower.bytes_moved import MOST_QUERIES, PREFER_TWO_PHASES, Machine, schedule
+from attnres_fx.passes.lower.bytes_moved import MOST_QUERIES, PREFER_TWO_PHASES, Machine, cpu_machine, gpu_machine, schedule
 from attnres_fx.runtime.phases import PHASE1, PHASE2
-from attnres_fx.runtime.triton.configs import queries_per_sweep
 
 aten = torch.ops.aten
 
@@ -116,10 +115,8 @@ def machine_of(read: Read, training: bool) -> Machine:
     tokens = 1.0
     for size in value.shape[:-1]:
         tokens *= hinted(size)
-    sweep = MOST_QUERIES
-    if value.device.type == "cuda":
-        sweep = queries_per_sweep(width, value.element_size(), training, read.normalize_values)
-    return Machine(width, value.element_size(), tokens, training, sweep, read.key_gain is not None)
+    shape = width, value.element_size(), tokens, training, read.key_gain is not None
+    return gpu_machine(*shape, read.normalize_values) if value.device.type == "cuda" else cpu_machine(*shape)
 
 
 def _waits_for_memory(reads: Sequence[Read], machine: Machine) -> bool:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from attnres_fx.passes.lower.bytes_moved import (
     MOST_QUERIES,
     PREFER_TWO_PHASES,
     Group,
     Machine,
+    gpu_machine,
     schedule,
     sources_of_plan,
 )
@@ -25,7 +27,8 @@ from attnres_fx.passes.memory.lifetimes import Buffer, Step, Tokens, lifetimes
 from attnres_fx.passes.memory.steps import steps_of_plans
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.runtime.errors import MemoryBudgetError, OptionError
-from attnres_fx.runtime.triton.configs import queries_per_sweep
+
+Candidate = TypeVar("Candidate")
 
 # Query tiles that are tried; those between would move and hold hardly anything else.
 TILES = (MOST_QUERIES, 24, 16, 12, 8, 6, 4, 3, 2, 1)
@@ -109,15 +112,26 @@ def choose_tile(choices: Sequence[Choice], budget: int | None = None) -> Choice:
 
     Raises: MemoryBudgetError, which says the least that would do, if none fits.
     """
-    fitting = [choice for choice in choices if budget is None or choice.layout.arena <= budget]
-    if fitting:
-        return min(fitting, key=lambda choice: (
-            choice.setting.schedule == "two-phase" and choice.tile == 1, round(choice.moved), choice.layout.arena))
-    assert budget is not None
-    raise too_small(budget, min(choice.layout.arena for choice in choices))
+    ordered = sorted(choices, key=lambda choice: (
+        choice.setting.schedule == "two-phase" and choice.tile == 1, round(choice.moved), choice.layout.arena))
+    return first_that_fits((choice, choice.layout.arena, budget) for choice in ordered)
 
 
-def too_small(budget: int, least: int) -> MemoryBudgetError:
+def first_that_fits(candidates: Iterable[tuple[Candidate, int, int | None]]) -> Candidate:
+    """The first of ``candidates``, each with what it holds and the budget that it is given, in bytes, that keeps to it.
+
+    Raises: MemoryBudgetError, which says the least that would do, if none does.
+    """
+    least, allowed = None, 0
+    for candidate, held, budget in candidates:
+        if budget is None or held <= budget:
+            return candidate
+        least, allowed = held if least is None else min(least, held), budget
+    assert least is not None
+    raise _too_small(allowed, least)
+
+
+def _too_small(budget: int, least: int) -> MemoryBudgetError:
     """The error of a budget that nothing fits."""
     return MemoryBudgetError(
         f"the rows of attention residuals do not fit into a memory budget of {budget:,} bytes: the least possible is "
@@ -134,8 +148,7 @@ def _groups(plans: Sequence[StreamPlan], setting: Setting, most: int) -> tuple[t
 
 def _machine(plan: StreamPlan, setting: Setting) -> Machine:
     tokens = setting.tokens if isinstance(setting.tokens, int) else setting.tokens[f"T_{plan.name}"]
-    sweep = queries_per_sweep(plan.width, setting.element, setting.training)
-    return Machine(plan.width, setting.element, tokens, setting.training, sweep, plan.key_gain)
+    return gpu_machine(plan.width, setting.element, tokens, setting.training, plan.key_gain)
 
 
 def _laid_out(plans: Sequence[StreamPlan], setting: Setting, groups: Sequence[Sequence[Group]]) -> Choice:

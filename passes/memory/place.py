@@ -42,7 +42,7 @@ Numbers = Callable[[Number], Any]  # a number as an argument of a node: itself, 
 
 
 @dataclass(frozen=True)
-class Place:
+class PlacedRow:
     """Where a row begins in the memory of its dtype, in elements."""
 
     row: Row
@@ -53,7 +53,7 @@ class Place:
 class Arena:
     """The rows of one dtype and device, where each begins, and how many elements they need together."""
 
-    places: tuple[Place, ...]
+    places: tuple[PlacedRow, ...]
     numel: Number
 
 
@@ -87,8 +87,8 @@ def _plan_arena(rows: Sequence[Row]) -> Arena:
     if all(isinstance(row.value.numel(), int) for row in rows):
         layout = _layout(rows, [row.value.numel() * row.value.element_size() for row in rows])
         element = rows[0].value.element_size()
-        return Arena(tuple(Place(row, place.offset // element) for row, place in zip(rows, layout.placements, strict=True)),
-                     layout.arena // element)
+        placed = zip(rows, layout.placements, strict=True)
+        return Arena(tuple(PlacedRow(row, place.offset // element) for row, place in placed), layout.arena // element)
     sizes: dict[str, list[Row]] = {}
     for row in rows:
         sizes.setdefault(str(row.value.numel()), []).append(row)
@@ -99,7 +99,7 @@ def _plan_arena(rows: Sequence[Row]) -> Arena:
         for members in floor:
             slot = (members[0].value.numel() + unit - 1) // unit * unit
             layout = _layout(members, [ALIGNMENT] * len(members))
-            places += [Place(row, bottom + place.offset // ALIGNMENT * slot)
+            places += [PlacedRow(row, bottom + place.offset // ALIGNMENT * slot)
                        for row, place in zip(members, layout.placements, strict=True)]
             needed = layout.arena // ALIGNMENT * slot
             height = needed if len(floor) == 1 else torch.sym_max(height, needed)
@@ -178,7 +178,7 @@ def _place(graph: fx.Graph, rows: Sequence[Row], memory_for: Callable[[fx.Graph,
     if not rows:
         return 0
     number = numbers_as_nodes(graph)
-    outputs: dict[fx.Node, dict[int | None, tuple[fx.Node, Place]]] = {}
+    outputs: dict[fx.Node, dict[int | None, tuple[fx.Node, PlacedRow]]] = {}
     memories = []
     for arena in plan_arenas(rows):
         value = arena.places[0].row.value
@@ -222,7 +222,7 @@ def _empty(graph: fx.Graph, shape: Sequence[Number], like: torch.Tensor, number:
     return _valued(node, like, lambda: like.new_empty(shape))
 
 
-def _view(graph: fx.Graph, memory: fx.Node, place: Place, number: Numbers) -> fx.Node:
+def _view(graph: fx.Graph, memory: fx.Node, place: PlacedRow, number: Numbers) -> fx.Node:
     value = place.row.value
     shape, strides = list(value.shape), list(value.stride())
     sizes = ([number(size) for size in shape], [number(stride) for stride in strides], number(place.offset))

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
-_MAIN = "mix_cpu.cpp"
+_MAIN = "operators.cpp"
 _TIME_LIMIT = 600
 
 _VECTOR_FLAGS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.compared import REFERENCE, check_both, disturbed
+from support.comparison import REFERENCE, check_both, disturbed
 from support.network_graphs import queries, rewritten
 from support.networks import BRANCHES, INJECTIONS, NO_CONTRACTION, SPELLINGS, LayerSpec, Network, Spec, normal_spec
 from support.passes import prepared

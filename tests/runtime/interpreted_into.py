@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.written import BASES, check, make
+from support.into_calls import BASES, check, make
 from torch import Tensor
 
 from attnres_fx.errors import KernelError

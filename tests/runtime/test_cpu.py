@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.entered import files_entered
+from support.files_entered import files_entered
 from torch import Tensor
 
 from attnres_fx.conformance import CHECKS, HALF, ROUNDING, Check, Implementation
@@ -231,7 +231,7 @@ def test_the_name_of_the_library_tells_sources_and_flags_apart(tmp_path: Path, m
     names.add(build.library_path())
     monkeypatch.setattr(torch, "__version__", "9.9")
     names.add(build.library_path())
-    (tmp_path / "mix_cpu.cpp").write_text("// other")
+    (tmp_path / "operators.cpp").write_text("// other")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     names.add(build.library_path())
     monkeypatch.setenv("ATTNRES_CACHE_DIR", "/elsewhere")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.entered import files_entered
+from support.files_entered import files_entered
 from torch import Tensor
 
 from attnres_fx.conformance import HALF, ROUNDING

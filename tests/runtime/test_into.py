@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.entered import files_entered
-from support.written import BASES, Call, arena, check, make
+from support.files_entered import files_entered
+from support.into_calls import BASES, Call, arena, check, make
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import models
-from support.compared import REFERENCE, check_both, disturbed
+from support.comparison import REFERENCE, check_both, disturbed
 from support.zoo_cases import ZOO, ZooCase
 
 import attnres_fx

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.handed import Small, traced
+from support.dynamo_graphs import Small, traced
 from torch import Tensor, fx, nn
 
 from attnres_fx.passes._compat import dynamo as _dynamo

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import relative
 from support.passes import applied
-from support.rewritten import rewritten, values_and_gradients
+from support.rewritten_graphs import rewritten, values_and_gradients
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 

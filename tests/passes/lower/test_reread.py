@@ -10,7 +10,7 @@ import torch
 from support import models
 from support.models import relative
 from support.passes import applied
-from support.rewritten import rewritten
+from support.rewritten_graphs import rewritten
 from torch import Tensor, fx, nn
 
 import attnres_fx

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.models import relative
 from support.passes import applied
-from support.rewritten import rewritten, values_and_gradients
+from support.rewritten_graphs import rewritten, values_and_gradients
 from torch import fx
 
 from attnres_fx.passes.graph.context import Context

@@ -1,7 +1,7 @@
 // The arithmetic of one position of the mix: sums over a row, the softmax over depth, weighted sums of rows.
 #pragma once
 
-#include "mix_storage.h"
+#include "storage.h"
 
 namespace attnres {
 

@@ -1,7 +1,7 @@
 // One position of a mix after another: every source row is read from memory once, all queries of a position share the sweep.
 #pragma once
 
-#include "mix_arguments.h"
+#include "arguments.h"
 
 namespace attnres {
 namespace {

@@ -2,9 +2,9 @@
 // and stays in the cache for its further uses. What these kernels do not take (mixed dtypes, anything malformed) goes to the
 // reference operators, which compute it or raise; so the two can differ in nothing but rounding and speed. The forwards named
 // _into are the same kernels, writing to the tensors at the end of their arguments.
-#include "mix_autograd.h"
-#include "mix_backward.h"
-#include "mix_forward.h"
+#include "autograd.h"
+#include "backward.h"
+#include "forward.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/addmm.h>

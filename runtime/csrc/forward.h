@@ -1,8 +1,8 @@
 // The forward of the mix, of its two phases, and of addition, mix and norm as one.
 #pragma once
 
-#include "mix_norm.h"
-#include "mix_sweep.h"
+#include "norm.h"
+#include "sweep.h"
 
 #include <optional>
 

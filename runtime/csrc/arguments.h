@@ -1,7 +1,7 @@
 // The arguments of the operators as they come from the dispatcher, checked, and their rows and parameters made ready.
 #pragma once
 
-#include "mix_rows.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <new>

@@ -1,7 +1,7 @@
 // The arithmetic of the gradients of one position.
 #pragma once
 
-#include "mix_rows.h"
+#include "rows.h"
 
 namespace attnres {
 

@@ -1,7 +1,7 @@
 // What answers under the autograd key: a look for what there is to record, and the kernels below.
 #pragma once
 
-#include "mix_arguments.h"
+#include "arguments.h"
 
 #include <c10/core/GradMode.h>
 #include <torch/library.h>

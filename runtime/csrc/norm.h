@@ -1,7 +1,7 @@
 // The norm of a mix and its gradient, on padded rows that have not been rounded.
 #pragma once
 
-#include "mix_arguments.h"
+#include "arguments.h"
 
 namespace attnres {
 namespace {

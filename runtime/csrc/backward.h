@@ -2,10 +2,10 @@
 // read from memory once, for the sums that the softmax needs; further readings find them in the cache.
 #pragma once
 
-#include "mix_gradient.h"
-#include "mix_norm.h"
-#include "mix_partial.h"
-#include "mix_sweep.h"
+#include "gradient.h"
+#include "norm.h"
+#include "parameter_sums.h"
+#include "sweep.h"
 
 #include <optional>
 

@@ -1,7 +1,7 @@
 // The gradients of the parameters: sums over all positions, the same bits on any number of threads.
 #pragma once
 
-#include "mix_arguments.h"
+#include "arguments.h"
 
 #include <array>
 
