@@ -43,7 +43,8 @@ def compile_downstream(
             return run_aot_eager(gm, inputs, joint if ours else None)
         case _ if not ours:
             return run_inductor(gm, inputs, dict(options.inductor))
-    identity = f"{source_hash()} {options.arena} {sorted(options.disable)}"
+    # A checked pass has to run, and not its result be taken from a cache.
+    identity = f"{source_hash()} {options.arena} {sorted(options.disable)} {'checked' if context.checks else ''}"
     if options.arena == "never":
         return run_inductor(gm, inputs, dict(options.inductor), GraphPasses(identity, joint))
     last = functools.partial(run_in_place, LAST)

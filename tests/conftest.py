@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from support import releases
+
+from attnres_fx.passes.graph.context import CHECKS_VARIABLE
+
+# Every pass is held to its contract wherever it runs, in processes that tests start too.
+os.environ.setdefault(CHECKS_VARIABLE, "1")
 
 # Compilers allocate millions of objects that live to the end of a test: to look through them each 700 allocations is a tenth
 # of the time.

@@ -37,11 +37,13 @@ def match(graph: fx.Graph) -> tuple[Assignment, ...]:
     Raises: SitesChangedError, SplitStreamError, GraphBreakError or a refusal of the stream, if the graph does not hold
     exactly the layers that the conversion recorded.
     """
+    markers = markers_of(graph)
+    if not markers:
+        return ()
     streams = detect(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     free = list(streams)
     assignments = []
-    markers = markers_of(graph)
     entered = {marker.args[:3:2] for marker in markers if not _within(marker)}
     for marker in markers:
         query, key_gain, text = marker.args[:3]
