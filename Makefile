@@ -50,7 +50,7 @@ test-binaries: $(STAMP)
 	$(RUN) -m pytest -m binaries tests/runtime $(ARGS)
 
 support: $(STAMP)
-	$(RUN) -m pytest -m zoo -s -k "not compiled" tests/zoo --support-table README.md $(ARGS)
+	$(RUN) -m pytest -m zoo -s -k "not compiled" tests/zoo --support-table docs/architectures.md $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
