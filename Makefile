@@ -53,7 +53,7 @@ docs: $(STAMP)
 	cd tests && $(CURDIR)/$(RUN) -m support.errors_page
 
 support: $(STAMP)
-	$(RUN) -m pytest -m zoo -s -k "not compiled" tests/zoo --support-table README.md $(ARGS)
+	$(RUN) -m pytest -m zoo -s -k "not compiled" tests/zoo --support-table docs/architectures.md $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -18,7 +18,7 @@ def main(steps: int = 20) -> list[float]:
         num_key_value_heads=2, use_cache=False, bos_token_id=None, eos_token_id=None))
     ids = torch.arange(64).repeat(4, 1) * 7 % 128  # 0, 7, 14, ...: an easy text
 
-    # "sum" starts exactly at the function that the weights were trained for; see the README.
+    # "sum" starts exactly at the function that the weights were trained for; see docs/options.md.
     attnres_fx.convert(model, ids, num_blocks=4, mix_scale="sum")
     print(attnres_fx.verify(model, ids))
 

@@ -70,14 +70,19 @@ def test_demo_functions_say_what_they_measure() -> None:
     assert {name: len(values) for name, values in taken.items()} == {"a": 4, "b": 4}
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# Whose Python runs, in this order.
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("kernels", "files", "debugging", "training")))
+
+
+def test_the_python_of_the_documents_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def llama() -> LlamaForCausalLM:
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, use_cache=False, bos_token_id=None, eos_token_id=None))
 
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = [block for name in DOCUMENTS
+              for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)]
     by_hand = handwritten.Network(handwritten.READS[0])
     names = {"model": llama(), "plain_model": llama(), "attnres_model_written_by_hand": by_hand,
              "ids": torch.randint(32, (2, 8)), "directory": tmp_path / "out"}
@@ -96,7 +101,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md"):
-        path = ROOT / name
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (path.parent / target).exists(), f"{name}: {target}"
+    named = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md")
+    for path in (*(ROOT / name for name in named), *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"

@@ -1,4 +1,4 @@
-"""The option that writes the support table of the README."""
+"""The option that writes the support table of docs/architectures.md."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_analyze_exported(name: str, strict: bool) -> None:
         program = torch.export.export(model, args, kwargs, strict=strict)
     report = report_of(program.module(check_guards=False))  # type: ignore[arg-type]
     facts(case, report)
-    record(name, "export, strict" if strict else "export", [s.num_layers for s in report.streams], "-",
+    record(name, "strict export" if strict else "export", [s.num_layers for s in report.streams], "-",
            report.streams[0].norm_placement, started)
 
 
