@@ -61,7 +61,7 @@ def convert_graph(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
     """Rewrite the graph of ``gm`` in place; the work of :func:`attnres_fx.convert` where the model is a graph."""
     program = program_of(gm, args, kwargs)
     marked = mark_program(program, plan_program(program, **options), param_dtype)
-    rewritten = rewrite_program(find_marked(marked))
+    rewritten = rewrite_program(find_marked(marked), marked)
     container = marked.get_submodule("attnres")
     assert isinstance(container, AttnRes)
     container.train(gm.training)

@@ -169,10 +169,12 @@ def _stack_of(gm: fx.GraphModule, owner: str) -> dict[str, Any]:
     return {}
 
 
-def rewrite_program(found: Marked) -> fx.GraphModule:
-    """The rewritten module of a marked one; it shares all parameters, also those that no node reads."""
+def rewrite_program(found: Marked, marked: fx.GraphModule) -> fx.GraphModule:
+    """The rewritten module of ``marked``, in which ``found`` was found; it shares all parameters, also those that no node
+    reads.
+    """
     rewritten = generate_code(found.rewritten())
-    _adopt(rewritten, found.gm)
+    _adopt(rewritten, marked)
     return rewritten
 
 
@@ -204,8 +206,9 @@ def transform(program: Program, out: Path, *, overwrite: bool = False, **options
     need_inputs(program)
     param_dtype = options.pop("param_dtype", None)
     plans = plan_program(program, **options)
-    found = find_marked(mark_program(program, plans, param_dtype))
-    rewritten = rewrite_program(found)
+    marked = mark_program(program, plans, param_dtype)
+    found = find_marked(marked)
+    rewritten = rewrite_program(found, marked)
     preserving = all(assignment.stream.function_preserving for assignment in found.assignments)
     specs = dynamic_shapes(program.module, program.args, program.kwargs)
     try:

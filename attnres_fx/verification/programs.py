@@ -52,8 +52,9 @@ def verify_program(program: Program, *, seed: int = 0, **options: Any) -> Verifi
         rewritten, plain, plans = program.module, _unmixed(program.module), list(program.plans)
     else:
         plans = plan_program(program, **options)
-        found = find_marked(mark_program(program, plans))
-        rewritten, plain = rewrite_program(found), program.module
+        marked = mark_program(program, plans)
+        found = find_marked(marked)
+        rewritten, plain = rewrite_program(found, marked), program.module
     at_zero, at_random = _values(rewritten, generator)
 
     def run(call: Callable[..., Any], module: nn.Module, values: Mapping[str, torch.Tensor]) -> Any:
