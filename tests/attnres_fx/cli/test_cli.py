@@ -401,7 +401,7 @@ def test_inspect_shows_the_mixes_that_a_model_spells_out(
     tmp_path: Path, attnres: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "by_hand.py").write_text(
-        "import torch\nimport handwritten\n\n\ndef build():\n"
+        "import torch\nfrom support import handwritten\n\n\ndef build():\n"
         "    read = next(read for read in handwritten.READS if read.name == 'paper')\n"
         "    return handwritten.Network(read, block=4), (torch.zeros(2, 5, dtype=torch.long),)\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -195,7 +195,7 @@ def test_names_of_sources_are_escaped(tmp_path: Path, attnres: Attnres) -> None:
 
 def test_a_model_that_spells_its_mixes_out_is_planned_from_its_graph(tmp_path: Path, attnres: Attnres) -> None:
     (tmp_path / "own.py").write_text(
-        "import torch\nimport handwritten\n\n\ndef build():\n"
+        "import torch\nfrom support import handwritten\n\n\ndef build():\n"
         "    read = next(read for read in handwritten.READS if read.name == 'paper')\n"
         "    return handwritten.Network(read, block=2), (torch.zeros(2, 5, dtype=torch.long),)\n")
     code, out, err = attnres("inspect", f"{tmp_path / 'own.py'}:build", "--memory", "--svg", tmp_path / "plan.svg")
