@@ -1,7 +1,7 @@
 """Reduction: whether the wrapper that adds up gradients over processes knows the parameters of a converted model.
 
 DistributedDataParallel and FSDP reduce the gradients of the parameters that they found when they were put around a model.
-What they were told to ignore, or what came later, keeps in every process the gradient of that process's own samples.
+A parameter that they ignore, or that was added later, keeps in every process the gradient of that process's own samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnres_fx.runtime.errors import UnreducedGradientsError
 
 
 def stream_inputs(gm: fx.GraphModule) -> dict[int, str]:
-    """The inputs of a graph with markers that are parameters of attention residuals: their numbers, and what they are."""
+    """The inputs of a graph with markers that are parameters of attention residuals: their indices, and descriptions."""
     numbers = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     found = {}
     for marker in markers_of(gm.graph):

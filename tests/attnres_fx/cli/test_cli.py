@@ -285,8 +285,8 @@ def truncated_program(_: Path, tmp_path: Path) -> Path:
 
 BAD = {
     "missing": (lambda good, tmp: tmp / "nothing", "nothing'. What to do: give a Hugging Face checkpoint directory"),
-    "truncated weights": (damaged(lambda d: cut(d / "model.safetensors")), "no whole safetensors file"),
-    "no weights": (damaged(lambda d: (d / "model.safetensors").unlink()), "holds no weights"),
+    "truncated weights": (damaged(lambda d: cut(d / "model.safetensors")), "not a complete safetensors file"),
+    "no weights": (damaged(lambda d: (d / "model.safetensors").unlink()), "has no weights"),
     "pickled weights": (damaged(pickles_only), "save_pretrained"),
     "corrupted config": (damaged(lambda d: cut(d / "config.json")), "not readable JSON"),
     "config of a list": (damaged(lambda d: (d / "config.json").write_text("[]")), "not an object"),
@@ -306,7 +306,7 @@ BAD = {
     "legacy pickled model": (pickled("m.bin", own_model, legacy=True), "pickled"),
     "bare state_dict": (pickled("m.pth", lambda: own_model().state_dict()), "a pickled state_dict without its model"),
     "bare safetensors": (lambda good, tmp: good / "model.safetensors", "bare state_dict"),
-    "some other file": (written("notes.txt", b"hello"), "no model that attnres_fx reads"),
+    "some other file": (written("notes.txt", b"hello"), "not a model that attnres_fx can read"),
     "pt2 that is no zip": (written("x.pt2", b"hello"), "not a zip file"),
     "pt2 that is another zip": (foreign_zip, "cannot be read as a program"),
     "pt2 truncated": (truncated_program, "not a zip file"),
