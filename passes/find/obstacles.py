@@ -1,6 +1,6 @@
-"""Obstacles: what stands against the rewrite of a stream, and what a graph without streams holds instead.
+"""Obstacles: what prevents the rewrite of a stream, and what a graph without streams has instead.
 
-Each has the error that a conversion raises, one sentence of why, and what a user can do.
+Each has the error that a conversion raises, a one-sentence reason, and what the user can do.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Obstacle:
         return place_of(self.node)
 
     def explain(self) -> tuple[type[StreamRefusedError], str, str]:
-        """(error class, one sentence of why, what the user can do)."""
+        """(error class, a one-sentence reason, what the user can do)."""
         name = op_name(self.node)
         match self.kind:
             case "norm":
@@ -101,7 +101,7 @@ class Obstacle:
                         "compile the model as it is")
             case _:
                 return (StreamOperationError,
-                        f"'{name}' lies on the stream between two additions and is no pass-through",
+                        f"'{name}' lies on the stream between two additions and is not a pass-through",
                         "apply the operation inside a branch, or leave this stream out with streams=")
 
 

@@ -313,7 +313,7 @@ BAD = {
     "no module": (lambda good, tmp: "no.such.module:factory", "no module 'no.such.module'"),
     "no file": (lambda good, tmp: f"{tmp}/none.py:factory", "there is no file"),
     "no function": (factory("x = 1"), "has no 'factory'"),
-    "factory is no function": (factory("factory = 3"), "no function"),
+    "factory is no function": (factory("factory = 3"), "not a function"),
     "factory raises": (factory("def factory():\n    raise ValueError('out of\\nluck')"), "ValueError: out of"),
     "factory gives a state_dict": (factory("def factory():\n    return nn.Linear(2, 2).state_dict()"), "a state_dict"),
     "factory gives a number": (factory("def factory():\n    return 3"), "returned a int"),

@@ -163,7 +163,7 @@ def beyond_the_end(g: Written) -> None:
     overwritten, overwritten_in_part, read_late, read_before, over_another_order, over_another_source, over_itself_twice,
     mixed_over_a_source, two_in_one, through_a_view, another_layout, beyond_the_end])
 def test_what_is_wrong_is_named(build: Callable[[Written], None]) -> None:
-    named = r"holds another row|in another order|two rows to one|through the view|no row within"
+    named = r"holds another row|in another order|two rows to one|through the view|is not a row within"
     with pytest.raises(LayoutError, match=named) as caught:
         build(Written())
     assert "arena': 'never'" in str(caught.value)
