@@ -4,9 +4,8 @@
 They are for code that decides where rows are placed, in graphs below autograd: where autograd has something to record they
 raise RuntimeError. The kernels are those of the functional operators, and so are the values, bit by bit. An output is
 contiguous, of the shape and dtype of the functional operator's result, and may be anywhere in a larger tensor. It overlaps
-no argument
-and no other output, with one exception: ``partial_out`` of ``mix_norm_into`` may be the memory of the last source, which is
-then completed in place (and must not be among the sources twice).
+neither an argument nor another output, with one exception: ``partial_out`` of ``mix_norm_into`` may be the memory of the
+last source, which is then completed in place (and must not be among the sources twice).
 """
 
 from __future__ import annotations

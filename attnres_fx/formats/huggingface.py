@@ -1,8 +1,8 @@
 """Checkpoints of Hugging Face transformers: write those of converted models, and build models from directories.
 
 ``save_pretrained`` of a converted model writes the ordinary checkpoint, and beside it ``attnres.json`` and
-``attnres.safetensors``. Two things keep such a directory from being read as a plain model. In its
-config.json ``transformers_weights``, by which a checkpoint names its weight file, is replaced by a sentence that says what
+``attnres.safetensors``. Two things keep such a directory from being read as a plain model. In its config.json
+``transformers_weights``, by which a checkpoint names its weight file, is replaced by a sentence that says what
 to do; ``from_pretrained`` of every class refuses it with that sentence. And the weights always come as shards with an index,
 which lists the new parameters too: ``Trainer`` can then resume from the directory with nothing missing.
 """
@@ -224,8 +224,8 @@ def write_beside(source: Path, out: Path, model: nn.Module, *, overwrite: bool =
     """Write to ``out`` a copy of the checkpoint ``source`` and the two files of the converted ``model``.
 
     With ``guard`` no class of transformers reads ``out`` as the plain model (see above): config.json and the index are
-    changed, and a single weight file is named as a shard. Without it
-    the copy is exact to the byte, and transformers reads it as the plain model.
+    changed, and a single weight file is named as a shard. Without it the copy is exact to the byte, and transformers reads
+    it as the plain model.
     """
     ours = own_parameters(model.state_dict(), plans_of(model))
     with whole_directory(out, overwrite=overwrite) as partial:

@@ -61,8 +61,8 @@ def _neutral(value: Any, sizes: dict[int, int]) -> Any:
 class Region:
     """Evaluates a proposal's region at the traced sizes, or with fewer positions.
 
-    ``leading`` is then the shape of the positions, and ``sizes`` maps traced sizes that stand in the
-    arguments of its operations.
+    ``leading`` is then the shape of the positions, and ``sizes`` maps traced sizes that stand in the arguments of its
+    operations.
     """
 
     def __init__(

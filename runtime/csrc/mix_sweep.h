@@ -16,7 +16,7 @@ inline int64_t group_of(int64_t row_bytes) {
 }
 
 // The rows of one position, and those `Ahead` positions later to be fetched meanwhile; null after the last. A sweep finishes
-// short rows before the next arrive if it fetches those only then; the backward of a mix, which writes rows, is not.
+// short rows before the next arrive if it fetches those only then; the backward of a mix, which writes rows, does not.
 template <typename T, int64_t Ahead>
 class Cursor {
  public:
