@@ -1,4 +1,4 @@
-"""Models under adapters of PEFT: where their parameters hang, and how PEFT comes to save them.
+"""Models under adapters of PEFT: where their parameters are, and how PEFT comes to save them.
 
 PEFT is not imported to find out whether it wraps a model. It saves those parts of a model that an adapter's configuration
 names; the queries of a converted model are named there under ``modules_to_save``, so that they are trained, saved, loaded,

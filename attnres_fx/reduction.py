@@ -57,7 +57,7 @@ def refuse_unreduced(parameters: Mapping[str, Tensor]) -> None:
         if leaving and not any(reduced for _, reduced in known):
             raise UnreducedGradientsError(
                 f"the gradient of the {name} would not be added up over the processes: {leaving[0]} around the model "
-                "does not know this parameter, because it was told to ignore it or was put around the model before its "
+                "does not know this parameter, because it was set to ignore it or was put around the model before its "
                 "conversion",
                 remedy="convert the model before it is wrapped, wrap the whole of it, and let no parameter of model.attnres "
                        "be ignored; or freeze them: model.attnres.requires_grad_(False)")

@@ -203,7 +203,7 @@ def buffers_table(memory: MemoryPlan) -> Any:
     """A table of the buffers in the order of their first use."""
     from rich.table import Table
 
-    table = Table("buffer", "kind", "bytes a token", "slot", "offset", "first", "last")
+    table = Table("buffer", "kind", "bytes per token", "slot", "offset", "first", "last")
     for place in memory.choice.layout.placements:
         buffer = place.buffer
         table.add_row(buffer.name, buffer.kind, f"{buffer.bytes_per_token:,}", str(place.slot), f"{place.offset:,}",

@@ -140,7 +140,7 @@ _PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, 
 
 
 def runs_in_place_order(target: Any) -> bool:
-    """Whether Inductor surely computes an operator where it stands in the graph, from inputs that are stored by then.
+    """Whether Inductor is known to compute an operator at its place in the graph, from inputs that are stored by then.
 
     It computes loops over elements where their result is needed, as part of the reader, perhaps twice.
     """

@@ -75,7 +75,7 @@ def detect(graph: fx.Graph) -> tuple[Stream, ...]:
 
 
 def _enter(link: Link, search: Search) -> None:
-    """Hang a link into its tree; earlier additions to the same value that lead into its branch are enclosed by it."""
+    """Insert a link into its tree; earlier additions to the same value that lead into its branch are enclosed by it."""
     siblings = link.parent.children if link.parent is not None else search.starts.setdefault(link.root, [])
     for sibling in siblings:
         if any(search.reach(sibling.layer.node, term)[0] for term in link.layer.terms):

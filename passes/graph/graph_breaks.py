@@ -42,7 +42,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     (r"ContextVar",
      "a variable of the context cannot be read within a graph: read it around the call of the model, and hand it in"),
     (r"[Cc]ould not (guard on|extract) .*data-dependent|GuardOnDataDependent",
-     "a size that only the data tells decides what is computed. Trace the model with inputs that leave this part out (of a "
+     "a size that depends on the data decides what is computed. Trace the model with inputs that leave this part out (of a "
      "vision-language model: text alone), and convert the stream of the rest; the part itself runs as it is"),
     (r"[Dd]ata-dependent (branch|jump)|dynamic control flow",
      "write the branch with torch.where or torch.cond, or take it out of the module that owns the stream"),

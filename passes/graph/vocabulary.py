@@ -106,7 +106,7 @@ FILLS = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor":
 # Operations that take a shape.
 SHAPED = frozenset({"view", "reshape", "expand", "unflatten", "zeros", "new_zeros", "empty", "new_empty", "full", "new_full",
                     "ones", "new_ones", "broadcast_to"})
-# Operations that put other values in the place of a part of a tensor.
+# Operations that replace a part of a tensor by other values.
 WRITES = SLICE_SCATTERS | frozenset({
     "setitem", "index_put", "index_put_", "masked_scatter", "masked_scatter_", "scatter", "scatter_", "index_copy",
     "index_copy_", "copy_"})
@@ -212,7 +212,8 @@ def is_active_dropout(node: fx.Node) -> bool:
 
 
 def passed_through(node: Any) -> fx.Node | None:
-    """The one tensor that ``node`` hands on unchanged but for dtype, shape or layout; None if it is not a pass-through."""
+    """The one tensor that ``node`` hands on, unchanged except in dtype, shape or layout; None if it is not a
+    pass-through."""
     if not isinstance(node, fx.Node):
         return None
     name = op_name(node)

@@ -327,7 +327,7 @@ def _regions(proposal: Proposal) -> list[Region]:
     if count <= _MANY:
         return [Region(proposal)]
     leading = tuple(size if size <= 8 else 4 for size in shape[:-1])
-    # Sizes that stand in arguments can be told apart only where nothing else has the same size.
+    # Sizes in arguments can be distinguished only if nothing else has the same size.
     taken = {shape[-1], len(proposal.rows), *range(9)}
     sizes = {old: new for old, new in zip(shape, leading) if old not in taken}
     sizes.setdefault(math.prod(shape[:-1]), math.prod(leading))

@@ -118,7 +118,7 @@ def keep(
     like: Hashable, launched: Sequence[Launch | None], results: Sequence[Tensor], rows: Sequence[Tensor | None],
     others: Sequence[Tensor | None],
 ) -> None:
-    """Keep how a call was made, if it took one launch and no copy of a tensor.
+    """Keep how a call was made, if it took one launch without copying a tensor.
 
     rows: the tensors [..., d] that kernels take by the stride between rows; others: those they take contiguous.
     """

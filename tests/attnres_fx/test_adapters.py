@@ -1,4 +1,4 @@
-"""The parameters that are read are those that hang at the model: under PEFT's adapters, and whoever else replaces them."""
+"""The parameters that are read are those at the model: under PEFT's adapters, and whatever else replaces them."""
 
 from __future__ import annotations
 

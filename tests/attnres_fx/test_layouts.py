@@ -112,7 +112,7 @@ def test_an_encoder_of_torch(blocks: int, batch_first: bool) -> None:
     given = torch.randn(2, 12, WIDTH)
     model = converted(encoder(batch_first, bias=blocks != 3), given, num_blocks=blocks)
     check(model, given, training=blocks == 3)
-    model.eval()  # now torch calls one fused operator a layer, where it can
+    model.eval()  # now torch calls one fused operator per layer, where it can
     check(model, given, training=False)
     agree(inferred(model, given), flat(model(given)))
     plain = encoder(batch_first).eval()
