@@ -1,8 +1,8 @@
-"""Models under adapters of PEFT: where their parameters hang, and how PEFT comes to save them.
+"""Models under adapters of PEFT: where their parameters are, and how PEFT comes to save them.
 
-PEFT is not imported to find out whether a model is its. It keeps of a model what an adapter's configuration names; the
-queries of a converted model are named there under ``modules_to_save``, so that they are trained, saved, loaded, switched and
-merged with the adapter.
+PEFT is not imported to find out whether it wraps a model. It saves those parts of a model that an adapter's configuration
+names; the queries of a converted model are named there under ``modules_to_save``, so that they are trained, saved, loaded,
+switched and merged with the adapter.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from attnres_fx.runtime.parameters import CONTAINER
 
 
 def host_of(model: nn.Module) -> nn.Module:
-    """The module that owns the parameters of a converted model: ``model``, or what a wrapper of PEFT holds.
+    """The module that owns the parameters of a converted model: ``model``, or the model inside a PEFT wrapper.
 
-    A wrapper is taken off by ``merge_and_unload`` and ``unload``; what hung at it would be lost.
+    ``merge_and_unload`` and ``unload`` remove a wrapper; anything attached to it would be lost.
     """
     if not any(cls.__name__ in ("PeftModel", "PeftMixedModel") and cls.__module__.startswith("peft.")
                for cls in type(model).__mro__):

@@ -30,7 +30,7 @@ def analyze(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None =
 
 
 def report_of(found: Findings, model: nn.Module | None = None) -> Report:
-    """The report on a graph: its streams, named as a conversion would name them, and the mixes that it holds."""
+    """The report on a graph: its streams, named as a conversion would name them, and its mixes."""
     graph = found.gm.graph
     mixes = tuple(_mix_entry(node) for node in graph.nodes if is_mix(node))
     streams = [s for s in found.streams if not any(o.kind == "mix" and is_mix(o.node) for o in s.obstacles)]

@@ -38,8 +38,8 @@ def attnres(
     """Compile one graph of Dynamo.
 
     A graph of a converted model is rewritten. In a graph that spells attention residuals out, the mixes are recognised and
-    fused, and nothing is converted. A graph with residual streams and neither belongs to a plain model, which is converted
-    while it is being compiled (the one-line form). Any other graph goes to Inductor as it is.
+    fused, and nothing is converted. A graph that has residual streams and neither of these belongs to a plain model, which
+    is converted while it is being compiled (the one-line form). Any other graph goes to Inductor as it is.
 
     Raises: AttnResError of the kind that names the cause; Dynamo wraps it in its BackendCompilerFailed.
     """
@@ -70,7 +70,7 @@ def _compile_marked(gm: fx.GraphModule, inputs: Sequence[Any], options: Options)
 
 
 def _check_fixed(plan: StreamPlan, options: Options) -> None:
-    """N and S are the model's meaning: options may repeat them and never change them."""
+    """N and S are part of the model's definition: options may repeat them but never change them."""
     given = options.conversion()
     blocks = {key: given[key] for key in ("num_blocks", "layers_per_block") if key in given}
     wrong: list[str] = [key for key in ("eps", "mix_scale") if key in given and given[key] != getattr(plan, key)]
@@ -80,8 +80,8 @@ def _check_fixed(plan: StreamPlan, options: Options) -> None:
         raise OptionError(
             f"the model was converted with other values of {', '.join(wrong)} (stream '{plan.name}': blocks close at "
             f"{list(plan.boundaries)}, mix_scale '{plan.mix_scale}', eps {plan.eps})",
-            remedy="leave these options out, or convert a plain model anew")
+            remedy="leave these options out, or convert a plain model again")
 
 
-# A frame that Dynamo gives up is handed to nobody, and a model may consist of such frames alone.
+# Dynamo hands a frame that it gives up to no backend, and a model may consist only of such frames.
 watch_given_up_frames(attnres, refuse_given_up)

@@ -4,9 +4,9 @@
     print(failures(Implementation("mine", my_mix)))          # [] if it conforms
 
 ``my_mix(sources, query, key_gain, eps=...)`` takes a list of [..., d] tensors, a query [d] and a key gain ([d] or None)
-and returns [..., d]; what else it supports (a logit scale, normalised values, several queries, ...) is said by the fields
-of :class:`Implementation`, and only that is asked of it. The oracle is written here in float64, stacks the sources and
-differentiates by autograd; it shares no code with the project. Under pytest, parametrize over ``CHECKS``:
+and returns [..., d]; what else it supports (a logit scale, normalised values, several queries, ...) is declared in the
+fields of :class:`Implementation`, and only that is tested. The oracle is written here, in float64: it stacks the sources and
+differentiates by autograd, and shares no code with the project. Under pytest, parametrize over ``CHECKS``:
 
     @pytest.mark.parametrize("check", CHECKS, ids=str)
     def test_mine(check): check.run(Implementation("mine", my_mix))
@@ -29,7 +29,7 @@ Mix = Callable[..., Tensor]
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 OPTIONS = ("logit_scale", "normalize_values", "output_factor")
-# Half a unit in the last place of the storage, or for the wide types some roundings of the statistics.
+# Half a unit in the last place of the storage dtype; for the wide dtypes, a few roundings of the statistics.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-21, torch.float64: 2.0**-46}
 
 
@@ -197,7 +197,7 @@ def check_gradients(it: Implementation, case: Case) -> None:
 
 
 def check_poison(it: Implementation, case: Case) -> None:
-    """Memory that was full of NaN just before does not shine through: every element of every result is written."""
+    """Memory that was full of NaN just before does not show in the results: every element of every result is written."""
     sources, query, key_gain = make(case)
     want = call(it, case, sources, query, key_gain)
     for _ in range(3):
@@ -236,7 +236,7 @@ def check_determinism(it: Implementation, case: Case) -> None:
 
 
 def check_one_source(it: Implementation, case: Case) -> None:
-    """One source is that source, to the bit, whatever the query says."""
+    """A mix of one source is that source, bit for bit, whatever the query is."""
     sources, query, key_gain = make(case)
     _hold(torch.equal(call(it, case, sources, query, key_gain), sources[0]), "the result is not the source")
 
@@ -304,7 +304,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def failures(it: Implementation) -> list[tuple[str, str]]:
-    """Every check that applies and fails: its name, and the first line of what it said."""
+    """Every check that applies and fails: its name, and the first line of its message."""
     found = []
     for check in CHECKS:
         if check.applies(it):
@@ -316,6 +316,6 @@ def failures(it: Implementation) -> list[tuple[str, str]]:
 
 
 def ours() -> Implementation:
-    """:func:`attnres_fx.mix`, of which everything is asked."""
+    """:func:`attnres_fx.mix`, for which everything is tested."""
     return Implementation("attnres_fx.mix", mix, queries=True, dtypes=tuple(ROUNDING),
                           options=frozenset(OPTIONS))

@@ -51,8 +51,8 @@ def convert(
     adapters of PEFT gains them as a part of every adapter (``modules_to_save``).
 
     Args:
-        num_blocks: at most so many blocks; a block has S = ceil(L / num_blocks) layers and the last may be short. 8 if
-            neither this nor the next two are given.
+        num_blocks: the largest number of blocks; a block has S = ceil(L / num_blocks) layers, and the last may be short. 8
+            if neither this nor the next two are given.
         layers_per_block: S itself; 1 gives Full Attention Residuals.
         boundaries: the layer counts after which a block closes, for the one stream or by stream name.
         streams: names of the streams to convert (see :func:`attnres_fx.analyze`); all of them if None.
@@ -67,7 +67,7 @@ def convert(
         GraphBreakError: the model cannot be traced as one graph.
         NoStreamError: it has no residual stream.
         StreamRefusedError (a subclass for each cause): a stream cannot be rewritten safely.
-        PartitionError, OptionError: an argument does not fit.
+        PartitionError, OptionError: an argument is not valid here.
 
     A failed conversion leaves the model exactly as it was.
     """
@@ -118,16 +118,16 @@ def _refuse_converted(model: nn.Module) -> None:
 
 
 def attach(model: nn.Module, plans: Sequence[StreamPlan], dtype: torch.dtype) -> None:
-    """Give ``model`` the parameters of ``plans`` and swap the classes of the owners; all of it or nothing."""
+    """Give ``model`` the parameters of ``plans`` and swap the classes of the owners; all or nothing."""
     owners: dict[str, nn.Module] = {}
     for plan in plans:
         owner = model.get_submodule(plan.owner)
         if isinstance(owner, fx.GraphModule):
             raise PlainPathError(
-                f"'{plan.owner or 'the model'}' is a graph (fx.GraphModule), whose forward is generated anew from it",
+                f"'{plan.owner or 'the model'}' is a graph (fx.GraphModule), whose forward is generated again from it",
                 remedy="convert the graph itself: attnres_fx.convert(graph_module, args, ...) rewrites it in place")
         if getattr(owner.__dict__.get("forward"), "__func__", None) is type(owner).forward:
-            del owner.__dict__["forward"]  # the class's own, which hooks leave there when they are taken off
+            del owner.__dict__["forward"]  # the class's own, which hooks leave there when they are removed
         if "forward" in owner.__dict__:
             raise PlainPathError(
                 f"the forward of '{plan.owner or type(owner).__name__}' is replaced on the instance, so that the rewritten "

@@ -1,4 +1,4 @@
-"""What a converted model carries: marks on its modules, generated classes in the place of the user's, its plans."""
+"""What a converted model carries: marks on its modules, generated classes in place of the user's, its plans."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnres_fx.runtime.errors import (
 )
 from attnres_fx.runtime.parameters import AttnRes, StreamParameters, streams_of
 
-STREAMS = "_attnres_streams"  # on an owner: the plans of its streams, by name; their parameters hang at the root alone
+STREAMS = "_attnres_streams"  # on an owner: the plans of its streams, by name; their parameters are at the root only
 # On an owner that is not the root: the dictionary of the root's children. The root itself would lend its parts other names
 # in a traced graph.
 ROOT = "_attnres_root_modules"

@@ -65,7 +65,8 @@ def trace_rewritten(gm: fx.GraphModule) -> None:
 
 
 def _lending(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Lend arenas from a pool of its own to every call; it is emptied when the model is gone, which Dynamo's cache outlives.
+    """Lend arenas from a pool of this model's own to every call; it is emptied when the model is gone, which Dynamo's cache
+    outlives.
     """
     pool = ArenaPool()
     parameter = next((value for value in inputs if isinstance(value, torch.nn.Parameter)), None)
@@ -87,7 +88,7 @@ def _clear(pool: weakref.ref[ArenaPool]) -> None:
 
 
 def _captures(options: Options) -> bool:
-    """Whether Inductor replays graphs of a GPU's work, which know nothing of who holds an arena."""
+    """Whether Inductor replays captured graphs of GPU work, which do not know what holds an arena."""
     return bool(options.inductor.get("triton.cudagraphs", captures_graphs()))
 
 

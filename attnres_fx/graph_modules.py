@@ -1,7 +1,7 @@
 """Models that are graphs already: ``fx.GraphModule`` of ``torch.fx.symbolic_trace``, ``torch.export`` or ``make_fx``.
 
-Such a model is its graph, so that converting it rewrites the graph itself, in place: whatever runs, copies, recompiles or
-traces the module afterwards has the mixes before it. No class is swapped and no marker is left.
+Such a model is its graph, so converting it rewrites the graph itself, in place: whatever runs, copies, recompiles or traces
+the module afterwards finds the mixes. No class is swapped and no marker is left.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def program_of(
     copy = copy_graph_module(gm)
     if type(codegen_of(copy.graph)) is not fx.graph.CodeGen and all(
             value_of(node) is not None for node in copy.graph.nodes if node.op == "placeholder"):
-        # Of torch.export: traced values came with it, and its inputs are flattened by its own rules.
+        # From torch.export: it comes with traced values, and its inputs are flattened by its own rules.
         return Program(copy, tuple(args), dict(kwargs), tuple(plans))
     for node in copy.graph.nodes:
         for key in ("val", "example_value"):
@@ -71,7 +71,7 @@ def convert_graph(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 def recorded(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy of a rewritten graph in which every mix tells its stream and position, and the values of its inputs.
+    """A copy of a rewritten graph in which every mix records its stream and position, and the values of its inputs.
 
     They are read off the rows that the mixes take: what a pass noted on a node is lost when the graph is traced again.
     """

@@ -1,13 +1,13 @@
 """The one-line form: ``torch.compile(plain_model, backend="attnres")`` converts the model while it is being compiled.
 
 The backend is called with the plain graph of a frame. It finds the live modules behind the graph, gives the model its
-parameters and classes as ``convert`` does, and asks Dynamo to trace the frame again: the first call runs rewritten
-already. Where anything is in doubt it raises, and names the two-line form.
+parameters and classes as ``convert`` does, and asks Dynamo to trace the frame again: the first call already runs the
+rewritten graph. Where anything is in doubt it raises, and names the two-line form.
 
-A graph without residual streams is compiled as it is, and a warning says so, once for each place; it is an error where
-options ask for a conversion, and where the graph is a piece of a broken frame and holds additions. Without a word it is
-compiled as it is only where a converted model is within the frame's reach (whose own forward sees to itself), where its
-streams are parts of a converted model that were left out of the conversion, or where its model spells the mixes out.
+A graph without residual streams is compiled as it is, with one warning per place. It is an error if options ask for a
+conversion, or if the graph is a piece of a broken frame and has additions. No warning is given in three cases: the frame can
+reach a converted model (whose own forward takes care of itself), its streams are parts of a converted model that were left
+out of the conversion, or its model spells the mixes out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _RESTARTED = "_attnres_restarted"  # on the submodule that carries the marker of
 def convert_while_compiling(gm: fx.GraphModule, found: Findings, options: Options) -> None:
     """Convert the plain model behind ``gm`` and restart the tracing of its frame; return if there is nothing to convert.
 
-    ``found`` is what ``gm`` holds.
+    ``found`` is what was found in ``gm``.
 
     Raises: a refusal of the stream, or OneLineError where the live model cannot be found with certainty.
     """
@@ -64,7 +64,7 @@ def convert_while_compiling(gm: fx.GraphModule, found: Findings, options: Option
     frame = compiling_frame()
     modules = [] if frame is None else frame.modules
     _refuse_parts(modules)
-    # What mixes already, by hand or by attnres_fx.mix, is compiled as it is.
+    # A model that already mixes, by hand or by attnres_fx.mix, is compiled as it is.
     mixed = any(obstacle.kind == "mix" for stream in streams for obstacle in stream.obstacles)
     if mixed or any(is_mix(node) for node in gm.graph.nodes):
         return
@@ -114,14 +114,14 @@ def _left_plain(streams: Sequence[Stream], frame: Frame | None) -> bool:
 
 
 def _converted_parts(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """The parts, by identity key, of converted models that hang below ``modules`` or are being called."""
+    """The parts, by identity key, of converted models that are below ``modules`` or are being called."""
     roots = {id(part): part for module in [*modules, *calling_modules()] for part in module.modules()
              if is_converted_class(type(part)) and CONTAINER in part._modules}
     return {str(id(part)): part for root in roots.values() for part in root.modules()}
 
 
 def _in_reach_of_converted(modules: Sequence[nn.Module]) -> bool:
-    """Whether one of ``modules`` holds a converted model or is a part of one, or the innermost module that runs is."""
+    """Whether one of ``modules`` contains a converted model or is a part of one, or the innermost module that runs is."""
     if any(is_converted_class(type(part)) for module in modules for part in module.modules()):
         return True
     parts = _converted_parts(modules)
@@ -129,7 +129,7 @@ def _in_reach_of_converted(modules: Sequence[nn.Module]) -> bool:
 
 
 def _without_streams(gm: fx.GraphModule, frame: Frame | None, broken: tuple[str, str] | None, asked: bool) -> None:
-    """Say that ``gm`` stays as it is: by an error if a conversion was ``asked`` for or is likely to be meant."""
+    """Report that ``gm`` stays as it is: as an error if a conversion was ``asked`` for or was probably intended."""
     given_up = skipped_frame()
     broken = broken or given_up
     if broken is not None and (asked or whole_sums(gm.graph)):
@@ -139,13 +139,13 @@ def _without_streams(gm: fx.GraphModule, frame: Frame | None, broken: tuple[str,
         raise NoStreamError(what, remedy="leave out the options of the conversion if there is nothing to convert, or "
                                          + _TWO_LINES)
     if given_up is not None and runs_within_a_module(None if frame is None else frame.this):
-        return  # which was given up itself, and of which that was said
+        return  # which was given up itself, and already reported
     cut = f"; a graph break cuts it: {broken[0].splitlines()[0]}" if broken is not None else ""
     _warn_plain(f"{what}{cut}. It is compiled as it is")
 
 
 def refuse_given_up(frame: Frame, reason: str, source: str, settings: Mapping[str, Any]) -> None:
-    """Say that the forward of a plain model was given up by Dynamo, and runs in Python as it is.
+    """Report that Dynamo gave up the forward of a plain model, which runs in Python as it is.
 
     Raises: GraphBreakError where the backend's ``settings`` ask for a conversion; else it warns.
     """
@@ -181,7 +181,7 @@ def _refuse_parts(modules: list[nn.Module]) -> None:
 
 
 def _refuse_pieces(gm: fx.GraphModule, streams: Sequence[Stream]) -> None:
-    """A frame whose stream comes in as an input and goes out raw is a piece of a larger network."""
+    """A frame whose stream enters as an input and leaves raw is a piece of a larger network."""
     for stream in streams:
         start = base_of(stream.layers[0].skip)
         leaves_raw = any(user.op == "output" for user in stream.values[-1].users)
@@ -229,7 +229,7 @@ def _enter_again(module: nn.Module, args: Any) -> None:
 
 
 def _watch_optimizers(model: nn.Module) -> None:
-    """An optimizer built before the first call cannot know the queries: say so at its first step."""
+    """An optimizer built before the first call does not have the queries: report it at its first step."""
     reference = weakref.ref(model)
     checked: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -22,27 +22,28 @@ ARENAS = ("auto", "never")
 
 @dataclass(frozen=True)
 class Options:
-    """What the backend can be told.
+    """The options of the backend.
 
     num_blocks, layers_per_block, mix_scale, eps: as in :func:`attnres_fx.convert`, for the one-line form, which converts a
-        plain model while it is compiled. A converted model has them fixed; giving others is an error.
-    downstream: who compiles the rewritten graph: "inductor", or for debugging "aot_eager" or "eager".
+        plain model while it is compiled. In a converted model they are fixed; other values are an error.
+    downstream: what compiles the rewritten graph: "inductor", or for debugging "aot_eager" or "eager".
     inductor: configuration patches handed on to Inductor.
-    schedule: how mixes read their sources: "auto", in two phases where a model of bytes moved says so (the debugging
-        downstreams read in one pass); "one-pass", always; "two-phase", wherever consecutive mixes have sources in common.
-    fuse: whether a mix becomes one operator with the norm that alone reads it and with the addition before it: "auto", under
+    schedule: how mixes read their sources: "auto", in two phases where that moves fewer bytes (the debugging downstreams
+        read in one pass); "one-pass", always; "two-phase", wherever consecutive mixes have sources in common.
+    fuse: whether a mix is fused with the norm that is its only reader and with the addition before it: "auto", under
         Inductor; "always", also under the debugging downstreams; "never".
-    arena: whether Inductor's code lets the rows of attention residuals share planned memory: "auto", where it can; "never".
-    memory_budget: bytes that the rows of attention residuals (blocks, partial sums, what phase 1 leaves, mixes; in training
-        what is kept of them, and their gradients) may take by plan, in a call of the sizes that are compiled for: text as
-        "512MB" or "1.5GiB", or a number of bytes per token. It limits how many queries a phase 1 serves, never the blocks;
-        one that nothing fits is a MemoryBudgetError that names the least possible.
-    kernels: who computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
-        kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU in
-        Triton's interpreter alone.
+    arena: whether Inductor's code lets the rows of attention residuals share planned memory: "auto", where possible;
+        "never".
+    memory_budget: bytes that the planned rows of attention residuals may take in a call of the compiled sizes, as text
+        ("512MB", "1.5GiB") or as a number of bytes per token. Counted are blocks, partial sums, the results of phase 1 and
+        mixes; in training, those that are kept, and their gradients. A budget limits how many queries one phase 1 serves; it
+        never changes the blocks. If no schedule fits, a MemoryBudgetError states the smallest budget that would.
+    kernels: what computes the mixes: "auto", the table of :func:`attnres_fx.kernels`; "native", an error where the native
+        kernels are not available; "reference", plain torch operations; "triton", which runs on GPUs, and on the CPU only in
+        Triton's interpreter.
     disable: names of passes that are left out, to find the one at fault; attnres_fx.passes.pipeline lists them.
-    check_passes: hold every pass to its contract after it ran (for who looks for a fault): the graph is sound, what was made
-        has values, and a second run changes nothing.
+    check_passes: check every pass against its contract after it ran, to find a fault: the graph is sound, new nodes have
+        values, and a second run changes nothing.
     """
 
     num_blocks: int | None = None
@@ -105,7 +106,9 @@ class Options:
             raise OptionError(f"eps is {self.eps!r}", remedy="give a small positive number")
 
     def context(self, training: bool) -> Context:
-        """What the passes are told. The debugging downstreams run what is nearest to the rewrite where "auto" may choose."""
+        """The context of the passes. Where "auto" may choose, the debugging downstreams run what is nearest to the
+        rewrite.
+        """
         plain = self.downstream != "inductor"
         own = Context(training=training, kernels=self.kernels, disabled=frozenset(self.disable),
                       schedule="one-pass" if self.schedule == "auto" and plain else self.schedule,

@@ -1,4 +1,4 @@
-"""From what was found in a graph to the plans of the streams that are converted."""
+"""Make the plans of the streams to convert from what was found in a graph."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _sites_below(stream: Stream, model: nn.Module, owner: str, spelled: str) -> 
 
 
 def refuse_hidden(graph: fx.Graph) -> None:
-    """Refuse a graph all of whose layers are hidden in bodies that detection does not enter; they are no plain network."""
+    """Refuse a graph all of whose layers are hidden in bodies that detection does not enter: it is not a plain network."""
     hidden = hidden_layers(graph)
     if hidden:
         _, why, remedy = Obstacle("hidden", hidden[0]).explain()
@@ -109,7 +109,7 @@ def _choose(found: Sequence[Stream], streams: Collection[str] | str | None) -> s
     refused = {name: refusal for name, refusal in refusals.items() if refusal is not None}
     if not refused:
         return set(wanted)
-    # A model that spells attention residuals out is told so, whatever else its weighted sums look like.
+    # For a model that spells attention residuals out, this is the error, whatever else its weighted sums look like.
     first = min(refused.values(), key=lambda refusal: not isinstance(refusal, HandWrittenMixError))
     good = [name for name in wanted if name not in refused]
     if not good:
@@ -129,7 +129,7 @@ def _boundaries_of(
                               remedy="give one for every stream that is converted")
         return None if boundaries is None else boundaries[stream.name]
     if count > 1:
-        raise OptionError("boundaries are one list, and the model has several streams",
+        raise OptionError("boundaries are one list, but the model has several streams",
                           remedy="give a dictionary from stream name to its boundaries")
     return boundaries
 

@@ -1,7 +1,7 @@
 """Reduction: whether the wrapper that adds up gradients over processes knows the parameters of a converted model.
 
 DistributedDataParallel and FSDP reduce the gradients of the parameters that they found when they were put around a model.
-What they were told to ignore, or what came later, keeps in every process the gradient of that process's own samples.
+A parameter that they ignore, or that was added later, keeps in every process the gradient of that process's own samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnres_fx.runtime.errors import UnreducedGradientsError
 
 
 def stream_inputs(gm: fx.GraphModule) -> dict[int, str]:
-    """The inputs of a graph with markers that are parameters of attention residuals: their numbers, and what they are."""
+    """The inputs of a graph with markers that are parameters of attention residuals: their indices, and descriptions."""
     numbers = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     found = {}
     for marker in markers_of(gm.graph):
@@ -57,7 +57,7 @@ def refuse_unreduced(parameters: Mapping[str, Tensor]) -> None:
         if leaving and not any(reduced for _, reduced in known):
             raise UnreducedGradientsError(
                 f"the gradient of the {name} would not be added up over the processes: {leaving[0]} around the model "
-                "does not know this parameter, because it was told to ignore it or was put around the model before its "
+                "does not know this parameter, because it was set to ignore it or was put around the model before its "
                 "conversion",
                 remedy="convert the model before it is wrapped, wrap the whole of it, and let no parameter of model.attnres "
                        "be ignored; or freeze them: model.attnres.requires_grad_(False)")

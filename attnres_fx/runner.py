@@ -49,8 +49,8 @@ from attnres_fx.runtime.parameters import stream_parameters
 _RUNNER = "_attnres_runner"
 _COLLECTED = "_attnres_collected"  # on an owner within which hooks collect outputs for a model around it
 _SPEAKS = "_attnres_speaks"  # on an owner whose forward warns, logs or prints
-# So many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see: Dynamo's
-# own limit, 8, is meant for what can fall back to running as it is.
+# How many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see. Dynamo's
+# own limit, 8, is meant for functions that can fall back to running as they are.
 KINDS_OF_CALLS = 64
 _MAKING = threading.Lock()
 
@@ -58,7 +58,7 @@ _MAKING = threading.Lock()
 def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """The backend of the eager call: rewrite the graph and run it as it is."""
     if not markers_of(gm.graph):
-        raise SitesChangedError("a graph of a converted model holds no marker",
+        raise SitesChangedError("a graph of a converted model has no marker",
                                 remedy="this is a fault of attnres_fx; please report it with the model")
     rewritten = generate_code(run((*PREPARE, *REWRITE), gm, Context()))
     # Run eagerly, the tags of a checkpointed layer mean nothing: only AOTAutograd's partitioner recomputes by them.
@@ -67,7 +67,7 @@ def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callab
 
 
 def enter_streams(module: nn.Module, within: bool = False) -> None:
-    """Call the marker for every stream that ``module`` owns, with the parameters that hang at the root now; ``within``: from
+    """Call the marker for every stream that ``module`` owns, with the parameters that are at the root now; ``within``: from
     within its old forward. Raises ReplacedParametersError.
     """
     for name, plan in module.__dict__[STREAMS].items():
@@ -122,7 +122,7 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
             raise inner from None
         if is_recompile_limit(error):
             raise SitesChangedError(
-                "the converted model was retraced too often, for ever new kinds of inputs or module states",
+                "the converted model was retraced too often, each time for a new kind of inputs or module states",
                 remedy="call it with fewer kinds of inputs, or raise torch._dynamo.config.recompile_limit") from error
         translated = translate(error)
         if translated is error:
@@ -131,7 +131,7 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
 
 
 def _mended(module: nn.Module, kwargs: dict[str, Any], error: Exception) -> bool:
-    """Whether the graph of ``module`` broke for what need not break it, and the next attempt is told so: hooks that are
+    """Whether the graph of ``module`` broke for an avoidable reason, which the next attempt then avoids: hooks that are
     installed at the first call, hooks that collect for a model around this one, a message. Another thread may be first.
     """
     if is_message_break(error):
@@ -187,7 +187,7 @@ def _generated_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
 
             if not root:
                 raise PartOfConvertedError(
-                    f"'{base.__name__}' is a part of a converted model, whose parameters stand at the root",
+                    f"'{base.__name__}' is a part of a converted model, whose parameters are at the root",
                     remedy="call save_pretrained on the whole model")
             return save_converted(self, base, save_directory, *args, **kwargs)
 

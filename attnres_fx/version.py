@@ -1,4 +1,4 @@
-"""The version, where nothing else has to be imported for it."""
+"""The version, in a file that imports nothing else."""
 
 from __future__ import annotations
 

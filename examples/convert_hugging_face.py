@@ -1,4 +1,4 @@
-"""Convert a model of Hugging Face transformers to Attention Residuals, and train nothing but its queries.
+"""Convert a model of Hugging Face transformers to Attention Residuals, and train only its queries.
 
 With a checkpoint of your own, replace the configuration by ``AutoModelForCausalLM.from_pretrained(...)``.
 """

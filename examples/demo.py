@@ -70,7 +70,7 @@ def train(
     model: nn.Module, data: Sequence[Tensor], lr: float = 1e-3, options: Mapping[str, Any] | None = None,
     each: Callable[[int, Step], None] | None = None,
 ) -> list[Step]:
-    """Train a converted ``model`` on next-byte prediction, compiled by the backend ``attnres``, one step a batch."""
+    """Train a converted ``model`` on next-byte prediction, compiled by the backend ``attnres``, one step per batch."""
     compiled = torch.compile(model, backend="attnres", options=dict(options or {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     queries = [parameters.query for parameters in model.attnres.streams.values()]
@@ -89,7 +89,7 @@ def train(
 
 
 def time_side_by_side(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, taken in turn so that a busy machine disturbs all of them alike."""
+    """Milliseconds of each call, taken in turn so that a busy machine affects all of them alike."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for number in range(rounds + 2):

@@ -1,4 +1,4 @@
-"""One's own model: a small GPT in plain PyTorch, unchanged, looked at and converted."""
+"""A model of your own: a small GPT in plain PyTorch, unchanged, analysed and converted."""
 
 from __future__ import annotations
 

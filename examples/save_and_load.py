@@ -13,7 +13,7 @@ import attnres_fx
 
 
 class Tower(nn.Module):
-    """One's own pre-norm network."""
+    """A pre-norm network of your own."""
 
     def __init__(self, width: int = 32, layers: int = 4) -> None:
         super().__init__()

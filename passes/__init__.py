@@ -1,1 +1,1 @@
-"""The compiler: analyses and transformations of torch.fx graphs, one pass a file."""
+"""The compiler: analyses and transformations of torch.fx graphs, one pass per file."""

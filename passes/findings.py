@@ -1,4 +1,4 @@
-"""Findings: what a graph holds, found once and handed on to whoever plans, rewrites, verifies or reports."""
+"""Findings: what a graph contains, found once and handed on to planning, rewriting, verification and reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from attnres_fx.passes.rewrite.rewrite import rewrite
 class Findings:
     """A prepared graph in which the mixes that were spelled out are nodes, its residual streams, and those mixes.
 
-    ``gm`` is only read: whoever changes it takes a copy.
+    ``gm`` is only read: to change it, take a copy.
     """
 
     gm: fx.GraphModule
@@ -31,14 +31,14 @@ class Findings:
 
 
 def find(gm: fx.GraphModule, context: Context | None = None) -> Findings:
-    """What ``gm``, the graph of a plain model, holds. ``gm`` stays as it is."""
+    """What is found in ``gm``, the graph of a plain model. ``gm`` stays unchanged."""
     prepared, _ = run_on_copy((*PREPARE, *RECOGNIZE), gm, context or Context())
     return Findings(prepared, detect(prepared.graph), tuple(recognized(prepared.graph)))
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A prepared graph of a converted model, its markers still in place, and which stream each of them stands for.
+    """A prepared graph of a converted model, its markers still in place, and the stream that each of them marks.
 
     ``gm`` is only read; :meth:`plain` and :meth:`rewritten` are made from copies of it.
     """
@@ -55,7 +55,7 @@ class Marked:
         return Marked(gm, assignments)
 
     def rewritten(self, plan: Callable[[StreamPlan], StreamPlan] = lambda plan: plan) -> fx.GraphModule:
-        """The network of Attention Residuals, with ``plan`` of each stream's plan in the place of that."""
+        """The network of Attention Residuals, with ``plan(p)`` in place of each stream's plan p."""
         gm, assignments = self._copy()
         rewrite(gm.graph, [replace(assignment, plan=plan(assignment.plan)) for assignment in assignments])
         remove_dead(gm.graph)
@@ -72,7 +72,7 @@ class Marked:
 
 
 def find_marked(gm: fx.GraphModule, context: Context | None = None) -> Marked:
-    """What ``gm``, the graph of a converted model with its markers, holds. ``gm`` stays as it is.
+    """What is found in ``gm``, the graph of a converted model with its markers. ``gm`` stays unchanged.
 
     Raises: what :func:`attnres_fx.passes.rewrite.match.match` raises.
     """

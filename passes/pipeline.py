@@ -1,9 +1,9 @@
 """The passes of the compiler, in the order in which they run, and what runs them.
 
-A pass has one signature, ``run(graph, context) -> changes``: it changes the graph in place and says how many places it
-changed. It reads nothing but its graph and its context, and keeps nothing between calls. What it makes has values and a
-module stack (:func:`attnres_fx.passes.graph.edit.insert_call`), and a second run of it changes nothing. A new pass is a
-function and a line of the tables below.
+A pass has one signature, ``run(graph, context) -> changes``: it changes the graph in place and returns how many places it
+changed. It reads nothing but its graph and its context, and keeps nothing between calls. Its new nodes have values and a
+module stack (:func:`attnres_fx.passes.graph.edit.insert_call`), and a second run changes nothing. A new pass is a function
+and a line of the tables below.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: its name, as logs and ``options={"disable": [...]}`` have it, and what it does.
+    """One pass: its name, as in logs and ``options={"disable": [...]}``, and its function.
 
-    ``needed``: without it a graph would not be what it has to be, so that it cannot be left out.
+    ``needed``: later steps require it, so it cannot be left out.
     """
 
     name: str
@@ -76,7 +76,7 @@ REWRITE = (
     Pass("rewrite.streams", rewrite_streams, needed=True),
     Pass("rewrite.remove_dead", lambda graph, context: remove_dead(graph)),
 )
-# Mixes, wherever they came from, are brought to how they run.
+# Mixes, wherever they come from, are brought into the form in which they run.
 LOWER = (
     Pass("lower.recomputation", forget_recomputation),
     Pass("lower.schedule", schedule_mixes),
@@ -141,11 +141,12 @@ def run_in_place(passes: Sequence[Pass], graph: fx.Graph, context: Context) -> t
 def lowered_within(gm: fx.GraphModule, context: Context, budget: str | int) -> fx.GraphModule:
     """``gm`` after the passes of ``LOWER``, whose rows stay within a memory budget, and which moves fewest bytes of those.
 
-    The schedule that moves fewest bytes comes first; each next one serves fewer queries by a phase 1, which holds fewer rows
-    and may read blocks more often. The blocks of a model are its meaning and stay as they are. ``budget``: text as "512MB"
-    for a call of the traced sizes, or bytes for each of its tokens.
+    The schedule that moves fewest bytes comes first; each next one serves fewer queries per phase 1, which needs fewer rows
+    and may read blocks more often. The blocks are part of the model's definition and never change. ``budget``: text as
+    "512MB" for a call of the traced sizes, or bytes for each of its tokens.
 
-    Raises: MemoryBudgetError, with the least that would do, if no schedule fits; OptionError if the budget is none.
+    Raises: MemoryBudgetError, with the smallest budget that would do, if no schedule fits; OptionError if the budget is not
+    valid.
     """
     return first_that_fits(_candidates(gm, context, budget))
 
@@ -166,7 +167,7 @@ def _candidates(
 
 
 def _check(each: Pass, graph: fx.Graph, context: Context, before: frozenset[fx.Node]) -> None:
-    """Hold a pass that has just run to its contract; see the first lines of this file."""
+    """Check a pass that has just run against its contract; see the first lines of this file."""
     graph.lint()
     bare = [node.name for node in graph.nodes if node not in before and node.op.startswith("call_")
             and "val" not in node.meta and "example_value" not in node.meta]

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Raise ValueError or TypeError unless a condition holds; as ``torch._check``, they know sizes that are symbols.
+# Raise ValueError or TypeError unless a condition holds; like ``torch._check``, they accept symbolic sizes.
 check_value, check_type = torch._check_value, torch._check_type
 
 TESTED = (2, 11), (2, 15)  # the oldest and the newest release
 
 
 def warn_of_untested(version: str) -> None:
-    """Say so, once a process, where this release of torch is none of those that the private interfaces were tried on."""
+    """Warn, once per process, if this release of torch is not one that the private interfaces were tested on."""
     found = re.match(r"(\d+)\.(\d+)", version)
     release = (int(found[1]), int(found[2])) if found else None
     if release is None or not TESTED[0] <= release <= TESTED[1]:
@@ -34,7 +34,7 @@ warn_of_untested(torch.__version__)
 
 
 def any_requires_grad(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None) -> bool:
-    """Whether one of the tensors requires a gradient; in C++, as it is asked at every eager call."""
+    """Whether one of the tensors requires a gradient; in C++, since it is checked at every eager call."""
     return bool(torch._C._any_requires_grad(sources, query, key_gain))
 
 
@@ -55,16 +55,16 @@ def below_autograd() -> AbstractContextManager[None]:
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether another tensor shares the memory of ``tensor``, or could through one that it is a view of."""
+    """Whether another tensor shares the memory of ``tensor``, or could through the tensor that it is a view of."""
     handle = tensor.untyped_storage()
     return int(torch._C._storage_Use_Count(handle._cdata)) > 2  # the tensor's own, and the handle's
 
 
 def stream_id(device: torch.device) -> int:
-    """The stream in whose order this thread's work on a device is done; memory must not pass to another unasked."""
+    """The stream in whose order this thread's work on a device is done; memory must not silently pass to another."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a graph of a GPU's work is being captured, which owns the memory that is allocated meanwhile."""
+    """Whether a graph of GPU work is being captured, which owns the memory that is allocated meanwhile."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

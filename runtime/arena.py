@@ -1,8 +1,8 @@
 """Arenas: the memory that planned rows of attention residuals share during one call, and the pool that lends it.
 
 ``attnres::arena(like, numel, dtype)`` gives uninitialised memory: inside :meth:`ArenaPool.lending` that of an arena which
-the pool lends until the last tensor that shares its memory is gone, elsewhere new memory. So an arena that somebody still
-reads, after an error or in another thread, is never lent a second time.
+the pool lends until the last tensor that shares its memory is gone, elsewhere new memory. So an arena that is still read,
+after an error or in another thread, is never lent a second time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ArenaPool:
 
     @contextlib.contextmanager
     def lending(self) -> Iterator[None]:
-        """Lend arenas to the operators that this thread runs meanwhile."""
+        """Lend arenas to the operators that this thread runs within the context."""
         token = _lender.set(self)
         try:
             yield
@@ -44,10 +44,10 @@ class ArenaPool:
             _lender.reset(token)
 
     def lease(self, like: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        """``numel`` elements of an arena that nobody holds: the smallest that is large enough, else a new one.
+        """``numel`` elements of a free arena: the smallest that is large enough, else a new one.
 
-        A new one takes the place of the smaller ones that nobody holds, so that a pool whose calls follow one another has
-        one arena, as large as the largest call needs, at one address.
+        A new one replaces the smaller free ones, so that a pool whose calls follow one another has one arena, as large as
+        the largest call needs, at one address.
         """
         key = (like.device, stream_id(like.device), dtype)
         with self._lock:
@@ -56,7 +56,7 @@ class ArenaPool:
             fitting = min((arena for arena in free if arena.numel() >= numel), key=Tensor.numel, default=None)
             if fitting is None:
                 kept = [arena for arena in arenas if not any(arena is other for other in free)]
-                arenas.clear()  # before the new one is made, so that the two never stand side by side
+                arenas.clear()  # before the new one is made, so that the two never exist at the same time
                 arenas += kept
                 free.clear()
                 fitting = _new(like, numel, dtype)
@@ -65,7 +65,7 @@ class ArenaPool:
             return fitting[:numel]
 
     def clear(self) -> None:
-        """Free the arenas; those that are held are freed by who holds them."""
+        """Free the arenas; those in use are freed by their users."""
         with self._lock:
             self._arenas.clear()
 

@@ -14,7 +14,7 @@ class Place:
     """Where in the user's model something stands.
 
     ``node`` is the name of the graph node, ``module`` the path of the innermost module that runs it, ``source`` the
-    ``file:line`` of the user's code. Each may be empty where the tracer recorded none.
+    ``file:line`` of the user's code. Each may be empty if the tracer recorded none.
     """
 
     node: str = ""
@@ -49,7 +49,7 @@ class PlainPathError(AttnResError):
 
 
 class ReplacedParametersError(PlainPathError):
-    """What hangs in the place of a converted model's parameters is not what the model can read."""
+    """What stands in place of a converted model's parameters is not what the model can read."""
 
 
 class NoStreamError(AttnResError):
@@ -105,7 +105,7 @@ class SitesChangedError(AttnResError):
 
 
 class ShardedStreamError(StreamRefusedError):
-    """A process holds but a share of a stream, so that the gradients of its queries would be those of the share."""
+    """A process has only a share of a stream, so the gradients of its queries would be those of the share."""
 
 
 class UnreducedGradientsError(AttnResError):
@@ -125,7 +125,7 @@ class NotConvertedError(AttnResError):
 
 
 class PartitionError(AttnResError, ValueError):
-    """The wished blocks do not fit the stream."""
+    """The requested blocks do not fit the stream."""
 
 
 class OptionError(AttnResError, ValueError):
@@ -149,7 +149,7 @@ class LayoutError(AttnResError):
 
 
 class KernelError(AttnResError):
-    """The wished kernels cannot run here: on this device, at this size, or without a package."""
+    """The requested kernels cannot run here: on this device, at this size, or without a package."""
 
 
 class LoweringError(AttnResError):

@@ -1,11 +1,11 @@
 """The forward operators once more, writing into tensors they are given: ``attnres::mix_into``, ``mix_phase1_into``,
 ``mix_phase2_into`` and ``mix_norm_into``, each with the variants of :data:`VARIANTS`.
 
-They are for whoever decides where rows lie, in graphs below autograd: where autograd has something to record they raise
-RuntimeError. The kernels are those of the functional operators, and so are the values, bit by bit. An output is contiguous,
-of the shape and dtype that the functional operator gives, and may lie anywhere in a larger tensor. It overlaps no argument
-and no other output, with one exception: ``partial_out`` of ``mix_norm_into`` may be the memory of the last source, which is
-then completed in place (and must not be among the sources twice).
+They are for code that decides where rows are placed, in graphs below autograd: where autograd has something to record they
+raise RuntimeError. The kernels are those of the functional operators, and so are the values, bit by bit. An output is
+contiguous, of the shape and dtype of the functional operator's result, and may be anywhere in a larger tensor. It overlaps
+neither an argument nor another output, with one exception: ``partial_out`` of ``mix_norm_into`` may be the memory of the
+last source, which is then completed in place (and must not be among the sources twice).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Family:
             f"attnres::{self.base}_into: {name} has {what} {got}, expected {expected}"))
 
     def check_layout(self, *arguments: Any, **outputs: Any) -> list[Tensor]:
-        """The same, and ValueError for what is not contiguous. Not asked of fakes: symbolic strides may not know."""
+        """The same, and ValueError for what is not contiguous. Not checked for fakes: symbolic strides may be unknown."""
         written = self.check(*arguments, **outputs)
         for tensor in written:
             if not tensor.is_contiguous():

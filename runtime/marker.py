@@ -1,11 +1,11 @@
 """The marker: the operator by which the parameters of a converted stream enter a traced graph.
 
-A converted module calls it first thing in its forward. The tracer lifts its tensors as ordinary guarded inputs, so that
-optimizers, ``state_dict`` and ``functional_call`` see them; the rewrite consumes it. Its kernel raises: whoever runs the
-graph without the rewrite gets an error, never the plain residual network.
+A converted module calls it first in its forward. The tracer lifts its tensors as ordinary guarded inputs, so that
+optimizers, ``state_dict`` and ``functional_call`` see them; the rewrite consumes it. Its kernel raises: running the graph
+without the rewrite gives an error, never the plain residual network.
 
-``within``: a restarted frame calls it from within (see attnres_fx.one_line). Such a marker counts only where the stream
-has no other, which it has as soon as the generated forward is traced.
+``within``: a restarted frame calls it from within (see attnres_fx.one_line). Such a marker counts only if the stream has no
+other, as it does once the generated forward is traced.
 """
 
 from __future__ import annotations

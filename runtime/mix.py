@@ -42,7 +42,7 @@ def _mix_fake(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *op
 
 
 def mix_composite(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, *options: Any) -> Tensor:
-    """The mix as differentiable torch operations, for the transforms that have to look inside."""
+    """The mix as differentiable torch operations, for transforms that have to look inside."""
     options = _with_defaults(*options)
     reference.check_arguments(sources, query, key_gain, options[0])
     wide = reference.mix_forward(sources, query, key_gain, *options)
@@ -121,8 +121,8 @@ def _mix_autograd(
 ) -> Tensor:
     """Choose how a call is differentiated.
 
-    Not by ``torch.library.register_autograd``: the function it generates raises under torch.func.grad and drops the
-    tangents of forward mode without a word. Both are served by the differentiable composite.
+    Not by ``torch.library.register_autograd``: the function it generates raises under torch.func.grad and silently drops the
+    tangents of forward mode. Both are served by the differentiable composite.
     """
     needs_grad = torch.is_grad_enabled() and any_requires_grad(sources, query, key_gain)
     if in_forward_mode() or (needs_grad and in_functorch_transform()):
@@ -182,8 +182,8 @@ def mix(
 
     Normalised values are the keys themselves, key gain included. A gain on the keys alone folds into the query:
     ``mix(sources, query * key_gain, normalize_values=True)``. Inkling2 of transformers is ``key_gain=None,
-    logit_scale=d ** -0.5, normalize_values=True``; it returns float32 whatever its sources are, which is had by passing
-    any one source as float32.
+    logit_scale=d ** -0.5, normalize_values=True``; it returns float32 whatever its sources are; pass any one source as
+    float32 to get the same.
 
     Args:
         sources: n >= 1 tensors of one shape [..., d] on one device, in bfloat16, float16, float32 or float64; the

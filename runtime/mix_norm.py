@@ -1,8 +1,8 @@
 """The operator ``attnres::mix_norm``: the addition that completes a partial sum, the mix, and the norm that reads it.
 
-One operator for what a layer of Block AttnRes begins with. Its backward computes the mix again from the sources, so that
-neither the mix nor its norm has to be kept, and hands out the norm once more for whoever needs it in the backward (the
-gradient of a linear layer's weight does). The fuse pass puts it in the place of the three.
+One operator for the beginning of a layer of Block AttnRes. Its backward computes the mix again from the sources, so neither
+the mix nor its norm has to be kept, and also returns the norm, for use in the backward (by the gradient of a linear layer's
+weight). The fuse pass replaces the three by it.
 """
 
 from __future__ import annotations

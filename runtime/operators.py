@@ -1,7 +1,7 @@
 """What all operators of the namespace ``attnres`` share: the library they are defined in, and how they find their kernels.
 
-An operator ``name`` is served by the fastest kernels there are; ``name_reference`` and ``name_triton`` always by those they
-are named after; ``name_autograd`` is ``name``, entered where autograd has something to record.
+An operator ``name`` runs the fastest kernels available; ``name_reference`` and ``name_triton`` always those they are named
+after; ``name_autograd`` is ``name``, entered where autograd has something to record.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def tensors_in(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def native_or(kernel: Callable[..., Any], base: str, *arguments: Any, **outputs: Any) -> Any:
-    """``kernel``, until a native kernel is registered for its device, which is called from then on instead."""
+    """``kernel`` until a native kernel is registered for the device; from then on that one is called instead."""
     if all(tensor.device.type == "cpu" for tensor in tensors_in(arguments)) and native.ensure():
         return operator_of(base)(*arguments, **outputs)
     return kernel(*arguments, **outputs)
@@ -63,12 +63,12 @@ def on_gpu(
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator without outputs to write: what it takes and gives, and who serves it.
+    """One operator without outputs to write: what it takes and gives, and the kernels that serve it.
 
-    schema: arguments and result, as "(Tensor x) -> Tensor". reference: the kernel of every device that has no other, with
-    results of its own memory. composite: the same as differentiable torch operations, for the transforms that look inside.
-    fake: empty results, after a check of the arguments. triton: the kernels for GPUs, of which ``serves`` tells the rows
-    that they take. autograd: how a call is differentiated, called with the variant before the arguments.
+    schema: arguments and result, as "(Tensor x) -> Tensor". reference: the kernel for every device without another one; its
+    results have their own memory. composite: the same as differentiable torch operations, for transforms.
+    fake: empty results, after a check of the arguments. triton: the kernels for GPUs; ``serves`` selects the rows that they
+    take. autograd: how a call is differentiated, called with the variant before the arguments.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Operator:
 
 
 def declare(operator: Operator) -> None:
-    """Define ``attnres::<name>`` and its variants, and register whoever serves them."""
+    """Define ``attnres::<name>`` and its variants, and register the kernels that serve them."""
     name = operator.name
     for variant in (*VARIANTS, "_autograd"):
         LIBRARY.define(f"{name}{variant}{operator.schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -90,7 +90,7 @@ def declare(operator: Operator) -> None:
     LIBRARY.impl(name, partial(on_gpu, operator.triton, operator.reference, operator.serves), "CUDA")
     LIBRARY.impl(f"{name}_reference", operator.reference, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_triton", operator.triton, "CompositeExplicitAutograd")
-    # Where a native library answers under the autograd key, it hands on to this what autograd has to record.
+    # Where a native library answers under the autograd key, it passes on to this what autograd has to record.
     LIBRARY.impl(f"{name}_autograd", partial(operator.autograd, ""), "CompositeImplicitAutograd")
     for variant in VARIANTS:
         LIBRARY.impl(f"{name}{variant}", partial(operator.autograd, variant), "Autograd")
@@ -100,7 +100,7 @@ def declare(operator: Operator) -> None:
 
 
 class _Once(torch.autograd.Function):
-    """The gradients, and an error for whoever differentiates them again: silence would make constants of them."""
+    """The gradients, and an error if they are differentiated again: otherwise they would silently be constants."""
 
     @staticmethod
     def forward(ctx: Any, call: Callable[[], Sequence[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -110,7 +110,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         raise NotImplementedError(
-            "attnres::mix and its kin can be differentiated only once by loss.backward() and torch.autograd.grad. "
+            "attnres::mix and similar operators can be differentiated only once by loss.backward() and torch.autograd.grad. "
             "For second derivatives use torch.func (grad of grad, hessian).")
 
 

@@ -1,7 +1,7 @@
-"""The modules that own the parameters of a converted model: one :class:`StreamParameters` a stream.
+"""The modules that own the parameters of a converted model: one :class:`StreamParameters` per stream.
 
-They hang at the root of the model as ``model.attnres``, and there alone: what hangs there when the model runs is read, be it
-a copy that another tool has put in their place to train.
+They are at the root of the model as ``model.attnres``, and only there: whatever is there when the model runs is read, even a
+copy that another tool has put in their place for training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from attnres_fx.runtime.errors import ReplacedParametersError
 
-CONTAINER = "attnres"  # the name under which the parameters hang at the root
+CONTAINER = "attnres"  # the name of the parameters at the root
 
 
 class StreamParameters(nn.Module):
@@ -38,7 +38,7 @@ class StreamParameters(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Queries of zero and gains of one: what tools call on every module that was built without memory."""
+        """Set queries to zero and gains to one: tools call this on every module that was built without memory."""
         with torch.no_grad():
             self.query.zero_()
             gain = self._parameters["key_gain"]
@@ -60,12 +60,12 @@ class AttnRes(nn.Module):
         self._warned = False
 
     def reset_parameters(self) -> None:
-        """That of every stream."""
+        """:meth:`StreamParameters.reset_parameters` of every stream."""
         for parameters in self.streams.values():
             parameters.reset_parameters()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module's, and a warning where PEFT collects what to save of an adapter, and would leave trained queries
+        """As for every module, with a warning if PEFT collects what to save of an adapter, and would leave trained queries
         out. What it trains under ``modules_to_save`` is a copy of this module, which it does save.
         """
         prefix = str(kwargs.get("prefix", ""))
@@ -88,32 +88,32 @@ class AttnRes(nn.Module):
 
 
 def stream_parameters(root: Mapping[str, Any], name: str, plan: str) -> StreamParameters:
-    """What hangs at the root now for the stream ``name``, held to its ``plan`` (JSON); ``root`` are the root's children.
+    """What is at the root now for the stream ``name``, held to its ``plan`` (JSON); ``root`` are the root's children.
 
-    Raises: ReplacedParametersError if nothing hangs there, or the parameters of another plan.
+    Raises: ReplacedParametersError if nothing is there, or the parameters of another plan.
     """
     parameters = getattr(root.get(CONTAINER), name, None)
     if parameters is None:
         raise ReplacedParametersError(
-            f"the converted model has no parameters for its stream '{name}' any more: nothing hangs at attnres.{name}",
+            f"the converted model no longer has parameters for its stream '{name}': there is nothing at attnres.{name}",
             remedy="leave model.attnres where convert put it, or put a module of its kind in its place")
     if getattr(parameters, "plan", None) != plan:
         raise ReplacedParametersError(
-            f"what hangs at attnres.{name} belongs to another conversion: its plan is not the one of this model",
-            remedy="put the parameters of a model in their place that was converted in the same way")
+            f"what is at attnres.{name} belongs to another conversion: its plan is not the one of this model",
+            remedy="put in their place the parameters of a model that was converted in the same way")
     found: StreamParameters = parameters
     return found
 
 
 def streams_of(model: Any) -> dict[str, StreamParameters] | None:
-    """The parameters that hang at ``model``, by stream name; None if it is not a converted model."""
+    """The parameters at ``model``, by stream name; None if it is not a converted model."""
     streams = getattr(getattr(model, CONTAINER, None), "streams", None)
     ours = isinstance(streams, dict) and all(isinstance(each, StreamParameters) for each in streams.values())
     return streams if ours else None
 
 
 def _saves_an_adapter() -> bool:
-    """Whether PEFT, of all the callers there are, collects what to save of an adapter; not of a copy that it trains."""
+    """Whether the caller is PEFT collecting what to save of an adapter; not of a copy that it trains."""
     frame = sys._getframe(1).f_back
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("peft."):

@@ -2,7 +2,7 @@
 
 Phase 1 reads sources once for M queries and keeps, of each, the mix over these sources and the log-sum-exp of its logits.
 Phase 2 completes one of these mixes by the sources that came later (the partial sum, in Block AttnRes). Together they are
-:func:`attnres_fx.mix` over all sources, to rounding. The schedule pass puts them in its place where that moves fewer bytes.
+:func:`attnres_fx.mix` over all sources, to rounding. The schedule pass replaces it by them where that moves fewer bytes.
 The kernels here are the reference; native and Triton kernels register themselves beside it, as in runtime/mix.py.
 """
 
@@ -44,7 +44,7 @@ def _merge_defaults(*options: Any) -> tuple[float, float, bool, float]:
 
 
 def check_phase1(sources: list[Tensor], query: Tensor, key_gain: Tensor | None, eps: float) -> None:
-    """Raise ValueError or TypeError for arguments of phase 1 that have no meaning: those of the mix, and a lone query."""
+    """Raise ValueError or TypeError for meaningless arguments of phase 1: those of the mix, and a lone query."""
     reference.check_arguments(sources, query, key_gain, eps)
     check_value(query.ndim == 2, lambda: f"attnres::mix_phase1: query must be [M, d], got {tuple(query.shape)}")
 
@@ -151,7 +151,7 @@ def _phase1_autograd(
 def check_phase2(
     mixed: Tensor, lse: Tensor, sources: list[Tensor], query: Tensor, key_gain: Tensor | None, eps: float
 ) -> None:
-    """Raise ValueError or TypeError for arguments of phase 2 that have no meaning."""
+    """Raise ValueError or TypeError for meaningless arguments of phase 2."""
     reference.check_arguments([*sources, mixed], query, key_gain, eps)
     check_value(len(sources) > 0, lambda: "attnres::mix_phase2 needs at least one source, got an empty list")
     check_value(query.ndim == 1, lambda: f"attnres::mix_phase2: query must be [d], got {tuple(query.shape)}")

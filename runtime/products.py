@@ -1,8 +1,8 @@
 """Matrix products that write into tensors they are given: ``attnres::mm_into`` and ``attnres::addmm_into``.
 
-The row that opens a block is the output of a layer as it stands, and so, mostly, of a matrix product. These are torch's own
-products, written to where a row is to lie: Inductor takes no ``out=`` variant in a graph, and operators of ours it does.
-Like all operators named _into they are for graphs below autograd, and raise RuntimeError where it has something to record.
+The row that opens a block is the unchanged output of a layer, and so, mostly, of a matrix product. These are torch's own
+products, written to the place of a row: Inductor does not take ``out=`` variants in a graph, but takes our operators. Like
+all operators named _into they are for graphs below autograd, and raise RuntimeError where it has something to record.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .norm import Norm
 
 @dataclass(frozen=True)
 class Reading:
-    """The arguments of the operator but for the addition.
+    """The arguments of the operator, except those of the addition.
 
     sources: [..., d] each, the completed partial sum last where there is an addition; query [d], key_gain [d] or None;
     mixed [..., d] and lse [...] are what phase 1 left for this query, or both None; weight and bias [d] of the norm.
@@ -59,7 +59,7 @@ class Reading:
         return [tensor for tensor in given if tensor is not None]
 
     def check(self) -> None:
-        """Raise ValueError or TypeError for arguments that have no meaning."""
+        """Raise ValueError or TypeError for meaningless arguments."""
         reference.check_arguments(self.rows, self.query, self.key_gain, self.eps)
         check_value(len(self.sources) > 0, lambda: "attnres::mix_norm needs at least one source")
         check_value(self.query.ndim == 1, lambda: (

@@ -29,7 +29,7 @@ SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_arguments(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float) -> None:
-    """Raise ValueError (shapes, devices, eps) or TypeError (dtypes) for arguments that have no meaning.
+    """Raise ValueError (shapes, devices, eps) or TypeError (dtypes) for meaningless arguments.
 
     The comparisons go through ``torch._check_value`` so that symbolic sizes become guards, or run-time assertions where
     they are unknown, instead of failing the trace.
@@ -65,8 +65,8 @@ def check_grad(grad: Tensor, sources: Sequence[Tensor], query: Tensor) -> None:
 
 
 def _are_plainly_right(sources: Sequence[Tensor], query: Tensor, key_gain: Tensor | None, eps: float) -> bool:
-    """Whether the arguments are tensors of known sizes that surely have a meaning: the checks of an eager call, at the cost
-    of a comparison each. Subclasses may have symbolic sizes, and are checked one size at a time.
+    """Whether the arguments are tensors of known sizes that are certainly valid: the checks of an eager call, at the cost of
+    one comparison each. Subclasses may have symbolic sizes, and are checked one size at a time.
     """
     given = [*sources, query] if key_gain is None else [*sources, query, key_gain]
     if not sources or any(type(tensor) is not Tensor and type(tensor) is not Parameter for tensor in given):
@@ -115,7 +115,7 @@ def result_dtype(sources: Sequence[Tensor]) -> torch.dtype:
 
 
 def statistics_dtype(sources: Sequence[Tensor]) -> torch.dtype:
-    """float32, or float64 as soon as one source is: everything is computed in it."""
+    """float32, or float64 as soon as one source is: the dtype in which everything is computed."""
     return torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
 
 

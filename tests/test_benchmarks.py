@@ -108,7 +108,7 @@ def test_the_traffic_of_a_mix_is_counted() -> None:
     content = json.loads(done.stdout)
     for count, (forward, backward) in content["rows"]["attnres_fx"].items():
         assert forward == int(count) + 1
-        assert 2 * int(count) + 1 < backward < 2 * int(count) + 2  # the sources and a gradient, a gradient a source; sums
+        assert 2 * int(count) + 1 < backward < 2 * int(count) + 2  # the sources and a gradient, as many gradients; sums
     assert content["network"]["paper, two phases"] == 5.5
     assert 5.5 < content["network"]["two phases"] < content["network"]["one pass"]
 

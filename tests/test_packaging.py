@@ -211,7 +211,7 @@ def test_the_vocabulary_alone_knows_names_of_operators() -> None:
 # The files that may touch torch's private interfaces, each with tests for a new release to pass.
 PRIVATE = {"attnres_fx.passes._compat", "attnres_fx.runtime/_compat.py"}
 # What stands elsewhere: where an nn.Module keeps its own children, parameters and buffers, whose names are as old as torch,
-# as a module that overrides attribute access is told by nothing else, and setattr would run its hooks.
+# as a module that overrides attribute access can be changed in no other way, and setattr would run its hooks.
 KNOWN = {"_modules", "_parameters", "_buffers"}
 # And a mark that is transformers' own.
 KNOWN.add("_hf_peft_config_loaded")

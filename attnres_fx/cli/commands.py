@@ -1,8 +1,8 @@
 """The command line: ``attnres inspect``, ``attnres plan``, ``attnres transform``, ``attnres verify``,
 ``attnres doctor``, ``attnres kernels``, ``attnres conformance``.
 
-Nothing heavy is imported before a command runs, so that the help is there at once. Results go to stdout; whatever a
-user's code prints goes to stderr. Exit codes: 0 good, 1 a check failed, 2 bad input or a refused model, with one line.
+Nothing heavy is imported before a command runs, so that help appears at once. Results go to stdout; whatever a user's code
+prints goes to stderr. Exit codes: 0 success; 1 a check failed; 2 bad input or a refused model, with a one-line message.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MixScale = Annotated[Literal["paper", "sum"], typer.Option(
     "--mix-scale", help="'paper', the mean; or 'sum', to start exactly.")]
 Eps = Annotated[float, typer.Option("--eps", min=0, help="Epsilon of the key norm.")]
 Training = Annotated[bool, typer.Option("--training", help="Plan memory for a training step, not for inference.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
 @app.command()
@@ -57,15 +57,15 @@ def inspect(
     mix_scale: MixScale = "paper",
     graph: Annotated[bool, typer.Option("--graph", help="Print the rewritten graph as Python code.")] = False,
     dot: Annotated[Path | None, typer.Option("--dot", help="Write a drawing, before and after, as DOT text.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens a call, for bytes moved and held.")] = 4096,
-    memory: Annotated[bool, typer.Option("--memory", help="Print the memory plan, a line a buffer.")] = False,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens per call, for bytes moved and held.")] = 4096,
+    memory: Annotated[bool, typer.Option("--memory", help="Print the memory plan, one line per buffer.")] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Draw the memory plan as SVG.")] = None,
     training: Training = False,
     as_json: Json = False,
 ) -> None:
-    """Show residual streams, blocks and mixes, and with --memory the rows that they hold.
+    """Show residual streams, blocks and mixes, and with --memory the rows that they keep in memory.
 
-    Of a plain SOURCE the blocks and mixes are those that a conversion gives; nothing is written but --dot and --svg.
+    For a plain SOURCE, the blocks and mixes are those that a conversion would give; only --dot and --svg write files.
     """
     from attnres_fx.cli import plans as source_plans
     from attnres_fx.reports import graphs
@@ -122,11 +122,11 @@ def inspect(
 def plan(
     source: SourceName,
     tokens: Annotated[str, typer.Option(
-        "--tokens", help="Tokens of the sequence: a number, or one a stream as encoder=1500,decoder=448.")] = "4096",
+        "--tokens", help="Tokens of the sequence: a number, or one per stream, as in encoder=1500,decoder=448.")] = "4096",
     dtype: Annotated[Literal["bf16", "fp16", "fp32", "fp64", "bfloat16", "float16", "float32", "float64"], typer.Option(
-        "--dtype", help="Of the streams.")] = "bf16",
-    chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="Prefill reads so many tokens at once.")] = None,
-    devices: Annotated[int, typer.Option("--devices", min=1, help="So many devices share the tokens of a call.")] = 1,
+        "--dtype", help="The dtype of the streams.")] = "bf16",
+    chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="Prefill reads this many tokens at once.")] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="This many devices share the tokens of a call.")] = 1,
     num_blocks: NumBlocks = None,
     layers_per_block: LayersPerBlock = None,
     streams: Streams = None,
@@ -134,13 +134,13 @@ def plan(
     schedule: Annotated[Literal["auto", "one-pass", "two-phase"], typer.Option(
         "--schedule", help="How mixes read their sources.")] = "auto",
     memory_budget: Annotated[str | None, typer.Option(
-        "--memory-budget", help="What a device may hold: '512MB', '0.5GiB', or a number alone, bytes per token.")] = None,
+        "--memory-budget", help="What one device may use: '512MB', '0.5GiB', or a number alone, bytes per token.")] = None,
     training: Training = False,
     as_json: Json = False,
 ) -> None:
-    """Say how much memory the rows of attention residuals take, without running SOURCE.
+    """Show how much memory the rows of attention residuals take, without running SOURCE.
 
-    A budget chooses how many queries phase 1 serves at once; blocks stay as they are. Exit code 2 if none fits.
+    A budget limits how many queries phase 1 serves at once; it never changes the blocks. Exit code 2 if none fits.
     """
     from attnres_fx.cli import plans as source_plans
     from attnres_fx.passes.memory.budget import parse_budget
@@ -179,13 +179,13 @@ def transform(
     eps: Eps = 1e-6,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier output.")] = False,
     guard: Annotated[bool, typer.Option("--guard/--no-guard", help=(
-        "With --no-guard the checkpoint of Hugging Face stays as it is, byte for byte: transformers then loads OUT as the "
-        "plain model, without a word."))] = True,
+        "With --no-guard the Hugging Face checkpoint is kept byte for byte: transformers then loads OUT as the "
+        "plain model, without a warning."))] = True,
     as_json: Json = False,
 ) -> None:
     """Convert SOURCE and write it to OUT.
 
-    OUT is written whole or not at all. Of a Hugging Face directory OUT is the same checkpoint with attnres.json and
+    OUT is written whole or not at all. For a Hugging Face directory, OUT is the same checkpoint with attnres.json and
     attnres.safetensors beside it, and marked, so that from_pretrained refuses to read it as the plain model.
     Read OUT back with attnres_fx.load.
     """
@@ -215,7 +215,7 @@ def transform(
         plans = exported.transform(opened.program, out, overwrite=force, **options)
     else:
         if out.suffix == ".pt2":
-            raise OptionError(f"'{out}' ends in .pt2, and '{source}' is no program", remedy="name a directory")
+            raise OptionError(f"'{out}' ends in .pt2, but '{source}' is not a program", remedy="name a directory")
         model = convert(opened.model, opened.args, opened.kwargs, **options)
         plans = plans_of(model)
         if opened.kind == "huggingface":
@@ -244,7 +244,7 @@ def verify(
 ) -> None:
     """Check that SOURCE computes what it should.
 
-    At zero queries that is the plain network, at random ones the definition of the paper. A plain SOURCE is converted
+    With zero queries it must match the plain network, with random ones the paper's definition. A plain SOURCE is converted
     in memory first. Exit code 1 if a check fails.
     """
     from attnres_fx.cli import plans as source_plans
@@ -275,7 +275,7 @@ def verify(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say which kernels will be used here, and why; build the native ones if need be. Exit code 1 if they do not work."""
+    """Show which kernels will be used here, and why; build the native ones if necessary. Exit code 1 if they do not work."""
     from attnres_fx.reports.doctor import diagnose
 
     diagnosis = diagnose()
@@ -293,9 +293,9 @@ def kernels(
     brief: Annotated[bool, typer.Option("--brief", help="One configuration of each kernel and width.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile the Triton kernels for a GPU, which need not be there, and show what they use.
+    """Compile the Triton kernels for a GPU, which need not be present, and show what they use.
 
-    All configurations take minutes where Triton's cache is empty.
+    All configurations take minutes if Triton's cache is empty.
     """
     from attnres_fx.reports.binaries import compile_table, table
 
@@ -311,7 +311,7 @@ def conformance(
     options: Annotated[str, typer.Option(
         "--options", help="Which of logit_scale, normalize_values and output_factor it takes, comma-separated.")] = "",
     dtypes: Annotated[str, typer.Option(
-        "--dtypes", help="Of the sources it takes, comma-separated.")] = "float32,bfloat16,float16",
+        "--dtypes", help="The dtypes of sources it takes, comma-separated.")] = "float32,bfloat16,float16",
     queries: Annotated[bool, typer.Option("--queries", help="It takes several queries at once, [M, d].")] = False,
     gradients: Annotated[bool, typer.Option("--gradients/--no-gradients", help="It is differentiable.")] = True,
     strides: Annotated[bool, typer.Option("--strides/--no-strides", help="Sources may be non-contiguous.")] = True,
@@ -320,9 +320,9 @@ def conformance(
         "--deterministic/--no-deterministic", help="The same call gives the same bits.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Hold an implementation of the depth mix to its definition in float64: values, gradients, strides, dtypes.
+    """Check an implementation of the depth mix against its definition in float64: values, gradients, strides, dtypes.
 
-    What it does not claim to support is not asked of it. Exit code 1 if a check fails.
+    What it does not claim to support is not tested. Exit code 1 if a check fails.
     """
     from attnres_fx.conformance import CHECKS, DTYPES, OPTIONS, Implementation, failures, ours
     from attnres_fx.errors import OptionError
@@ -400,7 +400,7 @@ def _fail(message: str) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, advice or warnings of the libraries below: stderr is for our one line."""
+    """No progress bars, advice or warnings from the libraries below: stderr is for our one line."""
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
                         ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"), ("HF_HUB_OFFLINE", "1")):
         os.environ.setdefault(name, value)
@@ -425,7 +425,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (the reader has gone; say nothing at exit)
             return 0
-        except Exception as error:  # a refusal is one line; so is a fault, unless the traceback is asked for
+        except Exception as error:  # a refusal is one line; so is a fault, unless the traceback is requested
             from attnres_fx.runtime.errors import AttnResError
 
             if os.environ.get("ATTNRES_TRACEBACK"):

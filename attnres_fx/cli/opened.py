@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
 
 def open_source(source: str) -> Source:
-    """Open ``source``. Raises CheckpointFileError or another AttnResError, in one sentence, if it is not good."""
+    """Open ``source``. Raises CheckpointFileError or another AttnResError, in one sentence, if it cannot be used."""
     path = Path(source)
     if path.is_dir():
         return _open_directory(path)
@@ -68,7 +68,7 @@ def open_source(source: str) -> Source:
 def _open_directory(path: Path) -> Source:
     if (path / PLAN_FILE).is_file():
         if not (path / CONFIG_FILE).is_file():
-            raise CheckpointFileError(f"'{path}' holds the weights of a model of your own and not its code",
+            raise CheckpointFileError(f"'{path}' has the weights of a model of your own, but not its code",
                                       remedy="give module:factory, whose factory returns load(path, model=...)")
         model = load(path)
     else:
@@ -77,7 +77,7 @@ def _open_directory(path: Path) -> Source:
 
 
 def _explain_file(path: Path) -> AttnResError:
-    """Why a file that is no ``.pt2`` is no source."""
+    """Why a file that is not a ``.pt2`` is not a source."""
     head = path.open("rb").read(4)
     if zipfile.is_zipfile(path) or head[:1] == b"\x80" or path.suffix in PICKLE_SUFFIXES:
         what = "a pickled state_dict without its model" if _holds_tensors_alone(path) else "a pickled model"
@@ -89,12 +89,12 @@ def _explain_file(path: Path) -> AttnResError:
         return CheckpointFileError(f"'{path}' is a bare state_dict, which has no forward",
                                    remedy=f"give the directory with its {CONFIG_FILE}, or build the model in a factory "
                                           "and give module:factory")
-    return CheckpointFileError(f"'{path}' is no model that attnres_fx reads",
+    return CheckpointFileError(f"'{path}' is not a model that attnres_fx can read",
                                remedy="give a Hugging Face checkpoint directory, a .pt2 file, or module:factory")
 
 
 def _holds_tensors_alone(path: Path) -> bool:
-    """Whether a pickle names nothing but tensors and containers, found by reading its opcodes and not running them."""
+    """Whether a pickle names nothing but tensors and containers, found by reading its opcodes without running them."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -124,7 +124,7 @@ def _open_factory(module: str, factory: str) -> Source:
     name = f"{module}:{factory}"
     made = function_named(name)
     if not callable(made) or isinstance(made, nn.Module):
-        raise CheckpointFileError(f"'{name}' is a {type(made).__name__} and no function",
+        raise CheckpointFileError(f"'{name}' is a {type(made).__name__}, not a function",
                                   remedy="give a function without arguments that returns the model")
     try:
         result = made()
@@ -137,7 +137,7 @@ def _open_factory(module: str, factory: str) -> Source:
         if is_pretrained(model):
             kwargs = example_inputs(model)
         elif _needs_arguments(model):
-            raise CheckpointFileError(f"the factory '{name}' returned a model alone, and its forward needs inputs",
+            raise CheckpointFileError(f"the factory '{name}' returned only a model, but its forward needs inputs",
                                       remedy="return (model, args) or (model, args, kwargs)")
     return Source(model, args, kwargs, "factory")
 

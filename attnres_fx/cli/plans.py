@@ -69,7 +69,7 @@ def marked(opened: Source, plans: Sequence[StreamPlan]) -> fx.GraphModule:
     refuse_without(plans, "no rewritten graph to show", "leave out --graph and --dot to see the reasons")
     if opened.program is not None:
         if opened.converted:
-            raise OptionError("a converted .pt2 holds the rewritten graph alone, and nothing to compare it with",
+            raise OptionError("a converted .pt2 has only the rewritten graph, and nothing to compare it with",
                               remedy="inspect the plain program with --graph")
         return mark_program(opened.program, list(plans))
     if not opened.converted:
@@ -85,9 +85,9 @@ def refuse_plan_options(*given: Any) -> None:
 
 
 def refuse_without(plans: Sequence[StreamPlan], what: str, remedy: str) -> None:
-    """Raises: NoStreamError without plans; ``what`` says what there is not."""
+    """Raises: NoStreamError without plans; ``what`` names what is missing."""
     if not plans:
-        raise NoStreamError(f"no stream of the source can be converted, so that there is {what}", remedy=remedy)
+        raise NoStreamError(f"no stream of the source can be converted, so there is {what}", remedy=remedy)
 
 
 def summary(plans: Sequence[StreamPlan]) -> str:
@@ -98,7 +98,7 @@ def summary(plans: Sequence[StreamPlan]) -> str:
 
 
 def plan_json(plan: StreamPlan) -> dict[str, Any]:
-    """A plan as JSON has it, with the sources of each mix."""
+    """A plan as in JSON, with the sources of each mix."""
     mixes = []
     for position in range(1, plan.num_layers + 1):
         found = sources_at(plan.boundaries, position)

@@ -1,7 +1,7 @@
 """``attnres.json``: what a converted model is, beside its parameters; written with a digest, and checked when it is read.
 
 The plans of the streams fix what the parameters mean. A file that contradicts itself, the parameters beside it, or the
-digest that was taken of both is refused: a partition that somebody edited would run, and compute another function.
+digest of both is refused: a partition edited by hand would run, but compute another function.
 """
 
 from __future__ import annotations
@@ -107,12 +107,12 @@ def _digest(content: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) 
 
 
 def read_plans(directory: Path) -> tuple[dict[str, Any], list[StreamPlan]]:
-    """The content of ``attnres.json`` in ``directory``, checked but for its digest, and its plans."""
+    """The content of ``attnres.json`` in ``directory``, checked except for its digest, and its plans."""
     if not directory.exists():
         raise CheckpointFileError(f"there is no file or directory '{directory}'")
     path = directory / PLAN_FILE
     if not path.is_file():
-        raise CheckpointFileError(f"'{directory}' has no {PLAN_FILE}, so that it holds no converted model",
+        raise CheckpointFileError(f"'{directory}' has no {PLAN_FILE}, so it does not contain a converted model",
                                   remedy="convert the model and save it with attnres_fx.save, or run attnres transform")
     return check_description(read_json(path), str(path))
 
@@ -128,7 +128,7 @@ def check_description(content: dict[str, Any], name: str) -> tuple[dict[str, Any
     if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise CheckpointFileError(f"'{name}' has an unknown param_dtype {dtype!r}")
     if not isinstance(content.get("aliases", {}), dict):
-        raise CheckpointFileError(f"'{name}' has aliases that are no object")
+        raise CheckpointFileError(f"'{name}' has aliases that are not an object")
     for stream in streams:
         for field, kind in _PLAN_FIELDS.items():
             if not isinstance(stream.get(field), kind) or (kind is int and isinstance(stream[field], bool)):
@@ -147,7 +147,7 @@ def check_description(content: dict[str, Any], name: str) -> tuple[dict[str, Any
 def check_parameters(
     plans: Sequence[StreamPlan], parameters: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path
 ) -> None:
-    """Hold the tensors of ``attnres.safetensors`` to the plans: keys, shapes, dtypes, and no NaN."""
+    """Check the tensors of ``attnres.safetensors`` against the plans: keys, shapes, dtypes, and no NaN."""
     expected = expected_parameters(plans)
     for key, shape in expected.items():
         if key not in parameters:
@@ -156,13 +156,13 @@ def check_parameters(
         _check_numbers(parameters[key], f"'{key}' in '{path}'")
     extra = sorted(set(parameters) - set(expected))
     if extra:
-        raise CheckpointFileError(f"'{path}' holds '{extra[0]}', which {PLAN_FILE} does not know", remedy=_BELONG)
+        raise CheckpointFileError(f"'{path}' contains '{extra[0]}', which {PLAN_FILE} does not mention", remedy=_BELONG)
 
 
 def check_like(
     tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, key: str, path: Path, wanted: str
 ) -> None:
-    """Raise CheckpointFileError unless ``tensor`` has this shape and dtype; ``wanted`` says who wants it so."""
+    """Raise CheckpointFileError unless ``tensor`` has this shape and dtype; ``wanted`` says what requires it."""
     if tuple(tensor.shape) != shape:
         raise CheckpointFileError(f"'{key}' in '{path}' has shape {list(tensor.shape)}; {wanted} {list(shape)}")
     if tensor.dtype != dtype:
@@ -172,19 +172,19 @@ def check_like(
 
 def _check_numbers(tensor: torch.Tensor, name: str) -> None:
     if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointFileError(f"{name} contains NaN or infinite values, so that every result would be NaN",
+        raise CheckpointFileError(f"{name} contains NaN or infinite values, so every result would be NaN",
                                   remedy="initialise it (model.attnres.reset_parameters()), or go back to an earlier state")
 
 
 def same_memory(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What two names of one tensor have in common; None for a tensor without memory."""
+    """A key that two names of one tensor share; None for a tensor without memory."""
     if tensor.numel() == 0 or tensor.is_meta:
         return None
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def aliases_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Tied tensors: every further name of a tensor, with its first name."""
+    """Tied tensors: every additional name of a tensor, with its first name."""
     first: dict[Any, str] = {}
     aliases = {}
     for key, tensor in state.items():

@@ -43,7 +43,7 @@ from attnres_fx.passes._compat.dynamo import unwrap
 from attnres_fx.runtime.errors import AlreadyConvertedError, CheckpointFileError, OptionError
 from attnres_fx.runtime.parameters import streams_of
 
-# What from_pretrained takes and a directory that is read here decides, or makes pointless.
+# Options of from_pretrained that the directory itself decides, or makes pointless.
 _READ_HERE = frozenset({
     "subfolder", "revision", "variant", "gguf_file", "use_safetensors", "config", "state_dict", "output_loading_info",
     "ignore_mismatched_sizes", "cache_dir", "force_download", "local_files_only", "token", "proxies", "from_tf", "from_flax",
@@ -53,8 +53,8 @@ _READ_HERE = frozenset({
 def save(model: nn.Module, path: Any, *, overwrite: bool = False) -> None:
     """Write the converted ``model`` to the directory ``path``, whole or not at all.
 
-    A Hugging Face model is written as its ``save_pretrained`` writes it. Of any other model the directory holds
-    ``model.safetensors`` (parameters and buffers, tied ones once) and no code: :func:`load` is given the model to fill.
+    A Hugging Face model is written as its ``save_pretrained`` writes it. For any other model the directory has
+    ``model.safetensors`` (parameters and buffers, tied ones once) but no code: :func:`load` must be given the model to fill.
 
     Args:
         overwrite: replace an earlier directory of this function; any other non-empty directory is refused.
@@ -138,7 +138,7 @@ def load(
 def _plain_model(
     location: Path, description: Mapping[str, Any], model: Any, kwargs: dict[str, Any]
 ) -> nn.Module:
-    """The plain model, filled already if transformers builds it."""
+    """The plain model, already filled if transformers builds it."""
     from attnres_fx.formats.huggingface import build_plain
 
     if isinstance(model, nn.Module):
@@ -151,10 +151,10 @@ def _plain_model(
         return build_plain(location, **kwargs)
     else:
         raise CheckpointFileError(
-            f"'{location}' holds the weights of a model of your own ({description.get('model_class', 'no class')}) "
-            "and not its code", remedy="pass the plain model, or a function that builds it: load(path, model=...)")
+            f"'{location}' has the weights of a model of your own ({description.get('model_class', 'no class')}) "
+            "but not its code", remedy="pass the plain model, or a function that builds it: load(path, model=...)")
     if not isinstance(made, nn.Module):
-        raise OptionError(f"model= gave a {type(made).__name__} and no nn.Module",
+        raise OptionError(f"model= gave a {type(made).__name__}, not an nn.Module",
                           remedy="pass the plain model, or a function that builds it")
     if kwargs:
         raise OptionError(f"unknown option {next(iter(kwargs))!r}",
@@ -184,7 +184,7 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping
     state = tensors_of(model)
     own_aliases = aliases_of(state)
     content = {**tensors, **{alias: tensors[kept] for alias, kept in aliases.items() if kept in tensors}}
-    for alias, kept in own_aliases.items():  # files of others name a tied tensor once
+    for alias, kept in own_aliases.items():  # other tools' files name a tied tensor once
         if alias not in content and kept in content:
             content[alias] = content[kept]
         elif kept not in content and alias in content:

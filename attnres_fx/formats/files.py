@@ -1,4 +1,4 @@
-"""Files on disk: JSON and safetensors are read with one clear error a fault, outputs written whole or not at all."""
+"""Files on disk: JSON and safetensors are read with one clear error per fault, outputs are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FLAT_LIST = re.compile(r"\[[^\[\]{}\"]*(?:\"[^\"\\\[\]]*\"[^\[\]{}\"]*)*\]")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to its first line and without colour codes."""
+    """The message of another library's error, cut to its first line and without colour codes."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointFileError(f"there is no file '{path}'") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointFileError(f"'{path}' is not readable JSON: {first_line(error)}",
-                                  remedy="the file is damaged; restore or write it anew") from error
+                                  remedy="the file is damaged; restore it or write it again") from error
     if not isinstance(content, dict):
         raise CheckpointFileError(f"'{path}' is a JSON {type(content).__name__}, not an object")
     return content
@@ -70,8 +70,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointFileError(f"'{path}' is no whole safetensors file: {first_line(error)}",
-                                  remedy="it is truncated or of another format; copy or write it anew") from error
+        raise CheckpointFileError(f"'{path}' is not a complete safetensors file: {first_line(error)}",
+                                  remedy="it is truncated or of another format; copy it or write it again") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -95,9 +95,9 @@ def weight_files(directory: Path) -> dict[str, list[str] | None]:
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise CheckpointFileError(
-                f"'{directory}' holds pickled weights ('{pickles[0]}'), not opened since unpickling runs code",
+                f"'{directory}' has pickled weights ('{pickles[0]}'), which are not opened, since unpickling runs code",
                 remedy="load them where you trust them and save with safetensors (model.save_pretrained)")
-        raise CheckpointFileError(f"'{directory}' holds no weights",
+        raise CheckpointFileError(f"'{directory}' has no weights",
                                   remedy=f"it needs '{WEIGHTS_FILE}' or '{INDEX_FILE}'")
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -127,7 +127,7 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def whole_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to; it becomes ``path`` when the block ends well, else it is gone."""
+    """A temporary file beside ``path`` to write to; it becomes ``path`` if the block succeeds; otherwise it is removed."""
     if path.is_dir() or (path.exists() and not overwrite):
         raise _exists(path)
     _make_parents(path)
@@ -143,7 +143,7 @@ def whole_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary directory beside ``path`` to fill; it becomes ``path`` when the block ends well, else it is gone.
+    """A temporary directory beside ``path`` to fill; it becomes ``path`` if the block succeeds; otherwise it is removed.
 
     An empty directory at ``path`` is replaced. A full one is replaced only if ``overwrite`` and if it was written here.
     """
@@ -171,7 +171,7 @@ def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staging_in(target: Path) -> Iterator[Path]:
-    """A directory within ``target``, which is made if need be, to fill with files that are then moved there."""
+    """A directory within ``target``, created if necessary, to fill with files that are then moved there."""
     with _writing(target):
         target.mkdir(parents=True, exist_ok=True)
         inner = target / "attnres"
@@ -186,7 +186,7 @@ def staging_in(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Errors of the file system as ours."""
+    """Raise errors of the file system as our own."""
     from safetensors import SafetensorError
 
     try:
@@ -209,7 +209,7 @@ def check_directory(path: Path, *, overwrite: bool) -> None:
                                       remedy="give another name, or remove it yourself")
         raise _exists(path)
     if path.exists() or path.is_symlink():
-        raise CheckpointFileError(f"'{path}' exists and is no directory", remedy="give another name")
+        raise CheckpointFileError(f"'{path}' exists and is not a directory", remedy="give another name")
 
 
 def _make_parents(path: Path) -> None:
@@ -231,7 +231,7 @@ def _beside(path: Path) -> Path:
 
 
 def _clean(path: Path) -> None:
-    """Remove what processes of this machine that are no more have left of their writing to ``path``."""
+    """Remove what processes of this machine that no longer run left behind when writing to ``path``."""
     name = re.compile(re.escape(f".{path.stem}-{_host()}-") + r"(\d+)-[0-9a-f]{8}" + re.escape(path.suffix))
     parent = path.absolute().parent
     for left in parent.iterdir() if parent.is_dir() else ():
@@ -248,7 +248,7 @@ def _host() -> str:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of this machine runs; one that may not be asked does."""
+    """Whether a process of this machine runs; one that may not be signalled counts as running."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,9 +1,9 @@
 """Checkpoints of Hugging Face transformers: write those of converted models, and build models from directories.
 
 ``save_pretrained`` of a converted model writes the ordinary checkpoint, and beside it ``attnres.json`` and
-``attnres.safetensors``. Two things keep such a directory from being read as the plain model that it is not. In its
-config.json ``transformers_weights``, by which a checkpoint names its weight file, is a sentence that says what to do;
-``from_pretrained`` of every class refuses it with that sentence. And the weights always come as shards with an index,
+``attnres.safetensors``. Two things keep such a directory from being read as a plain model. In its config.json
+``transformers_weights``, by which a checkpoint names its weight file, is replaced by a sentence that says what
+to do; ``from_pretrained`` of every class refuses it with that sentence. And the weights always come as shards with an index,
 which lists the new parameters too: ``Trainer`` can then resume from the directory with nothing missing.
 """
 
@@ -51,8 +51,8 @@ def save_converted(
 ) -> None:
     """``save_pretrained`` of a converted model, with the signature of transformers.
 
-    The files are made in a directory within and moved when all are there, config.json first, so that the directory at
-    no time reads as the plain model.
+    The files are made in a directory within and moved once all exist, config.json first, so that the directory never reads
+    as the plain model.
 
     Raises: OptionError for what a converted model cannot do (pushing to the hub, adapters, distributed checkpoints).
     """
@@ -73,7 +73,7 @@ def save_converted(
     # A filtered state_dict may have been given; the parameters still belong to the model.
     ours = own_parameters(everything if len(plain) < len(everything) else model.state_dict(), plans_of(model))
     here = getattr(model, "should_save_on_this_rank", lambda main: main)(is_main_process)
-    if not here:  # other ranks take part in the gathering of shards, and write nothing
+    if not here:  # other ranks help to gather shards, but write nothing
         base.save_pretrained(model, save_directory, is_main_process, plain, False, *args, **kwargs)  # type: ignore[attr-defined]
         return
     fresh = not target.exists()
@@ -90,7 +90,7 @@ def save_converted(
 
 
 def _write_ours(directory: Path, model: nn.Module, ours: Mapping[str, torch.Tensor]) -> None:
-    """The two files that make a checkpoint that of a converted model."""
+    """The two files that mark a checkpoint as that of a converted model."""
     write_tensors(directory / PARAMETER_FILE, ours)
     (directory / PLAN_FILE).write_text(json_text(describe(model, ours)), encoding="utf-8")
 
@@ -110,7 +110,7 @@ def _guard(path: Path) -> None:
 
 
 def without_guard(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as the plain model had it."""
+    """A config.json as it was for the plain model."""
     cleaned = {key: without_guard(value) if isinstance(value, dict) else value for key, value in config.items()}
     if cleaned.get(GUARD_KEY) == GUARD:
         del cleaned[GUARD_KEY]
@@ -134,7 +134,7 @@ def _index(directory: Path, ours: list[str]) -> None:
         with safe_open(shard, "pt") as opened:
             weight_map = dict.fromkeys(opened.keys(), shard.name)
     weight_map.update(dict.fromkeys(ours, PARAMETER_FILE))
-    # A sentence where from_pretrained wants a dictionary: it then fails for those who bring a config of their own, too.
+    # A sentence where from_pretrained wants a dictionary: it then also fails for callers who pass a config of their own.
     path.write_text(json_text({"metadata": GUARD, "weight_map": dict(sorted(weight_map.items()))}), encoding="utf-8")
 
 
@@ -197,7 +197,7 @@ def build_plain(directory: Path, cls: type[nn.Module] | None = None, **kwargs: A
                           remedy="options of load go to from_pretrained of that class; leave this one out") from error
     except Exception as error:  # transformers raises everything from KeyError to its own classes on a wrong config
         raise _not_loaded(directory, cls, error) from error
-    mismatched = sorted(info["mismatched_keys"])  # asked for, since transformers says by itself only that there are some
+    mismatched = sorted(info["mismatched_keys"])  # requested, since transformers by itself reports only that there are some
     if mismatched:
         key, found, wanted = mismatched[0]
         raise CheckpointFileError(f"'{key}' in '{directory}' has shape {list(found)}; {CONFIG_FILE} asks for {list(wanted)}",
@@ -224,7 +224,8 @@ def write_beside(source: Path, out: Path, model: nn.Module, *, overwrite: bool =
     """Write to ``out`` a copy of the checkpoint ``source`` and the two files of the converted ``model``.
 
     With ``guard`` no class of transformers reads ``out`` as the plain model (see above): config.json and the index are
-    changed, and a single weight file is named as a shard. Without it the copy is true to the byte, and is read so.
+    changed, and a single weight file is named as a shard. Without it the copy is exact to the byte, and transformers reads
+    it as the plain model.
     """
     ours = own_parameters(model.state_dict(), plans_of(model))
     with whole_directory(out, overwrite=overwrite) as partial:

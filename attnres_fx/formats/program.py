@@ -1,7 +1,7 @@
 """Programs of ``torch.export`` (``.pt2``): load, rewrite, export again.
 
-A program is a graph already, so that nothing is traced. The parameters go into the graph by the marker, as in a traced
-model, and the passes are the same. Opening a ``.pt2`` may run what is pickled in it: open only files that you trust.
+A program is already a graph, so nothing is traced. The parameters enter the graph through the marker, as in a traced model,
+and the passes are the same. Opening a ``.pt2`` may run what is pickled in it: open only files that you trust.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from attnres_fx.runtime.parameters import CONTAINER
 class Program:
     """An opened ``.pt2``: its module (tied parameters tied), its example inputs; if converted, also its plans.
 
-    ``preserving`` tells whether a converted program's plain network had scale-invariant readers alone.
+    ``preserving``: whether a converted program's plain network had only scale-invariant readers.
     """
 
     module: fx.GraphModule
@@ -64,7 +64,7 @@ def load_program(path: Path) -> tuple[ExportedProgram, dict[str, Any], tuple[Str
     if not path.is_file():
         raise CheckpointFileError(f"there is no file '{path}'")
     if not zipfile.is_zipfile(path):
-        raise CheckpointFileError(f"'{path}' is no .pt2 archive of torch.export (not a zip file)",
+        raise CheckpointFileError(f"'{path}' is not a .pt2 archive of torch.export (not a zip file)",
                                   remedy="it is truncated or of another format; write it with torch.export.save")
     extra = {PLAN_FILE: ""}
     try:
@@ -117,7 +117,7 @@ def load_module(path: Path, device: torch.device | str | None = None) -> nn.Modu
 
 
 def retie(module: nn.Module) -> None:
-    """Make parameters over the same memory the same object: the files of export keep the memory, not the identity."""
+    """Make parameters over the same memory the same object: exported files keep the memory, not the identity."""
     named = {name: p for name, p in module.named_parameters(remove_duplicate=False) if same_memory(p) is not None}
     tie(module, aliases_of(named))
 
@@ -214,7 +214,7 @@ def transform(program: Program, out: Path, *, overwrite: bool = False, **options
     try:
         with _quiet():
             exported = torch.export.export(rewritten, program.args, program.kwargs, dynamic_shapes=specs, strict=False)
-    except Exception as error:  # whatever torch.export raises, it means that no file is written
+    except Exception as error:  # whatever torch.export raises, no file is written then
         raise LoweringError(f"the rewritten program cannot be exported: {first_line(error)}",
                             remedy="convert the model itself and export it afterwards") from error
     lost = _lost_dimensions(program.module, exported)
@@ -271,7 +271,7 @@ def _lost_dimensions(module: fx.GraphModule, exported: ExportedProgram) -> str:
 def need_inputs(program: Program) -> None:
     """Refuse a program without example inputs."""
     if not program.args and not program.kwargs:
-        raise CheckpointFileError("the .pt2 program holds no example inputs",
+        raise CheckpointFileError("the .pt2 program has no example inputs",
                                   remedy="save it with torch.export.save right after torch.export.export")
 
 

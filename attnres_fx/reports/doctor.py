@@ -17,7 +17,7 @@ from attnres_fx.version import VERSION
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """``native`` says whether the native CPU kernels work; ``state`` how they came to be, or why they did not."""
+    """``native``: whether the native CPU kernels work; ``state`` how they were obtained, or why they are missing."""
 
     versions: str
     cpu: str
@@ -37,7 +37,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Build the native kernels if they are not there yet, load them, and say what became of it."""
+    """Build the native kernels if they do not exist yet, load them, and report the outcome."""
     there = build.is_built()
     working = native.ensure()
     found = native.state()

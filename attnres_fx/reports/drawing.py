@@ -1,4 +1,4 @@
-"""Draw a memory plan as SVG: a bar for the life of every buffer over the layers, a row for every slot of the arena."""
+"""Draw a memory plan as SVG: one bar per buffer for its lifetime over the layers, one row per slot of the arena."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnres_fx.passes.memory.layout import Placement
 from attnres_fx.passes.memory.lifetimes import BLOCK, GRADIENT, KINDS, LOG_SUM_EXP, MIXED, NORMED, PARTIAL, PHASE1_ROW
 from attnres_fx.reports.memory import MemoryPlan
 
-# Okabe and Ito's palette, told apart by colour-blind readers as well.
+# Okabe and Ito's palette, which colour-blind readers can distinguish, too.
 _COLOURS = {BLOCK: "#0072B2", PARTIAL: "#E69F00", PHASE1_ROW: "#009E73", LOG_SUM_EXP: "#999999", MIXED: "#56B4E9",
             NORMED: "#CC79A7"}
 _ROW, _LEFT, _TOP, _BOTTOM = 16, 120, 66, 30
@@ -64,7 +64,7 @@ def _bar(svg: Xml.Element, place: Placement, unit: float) -> None:
 
 
 def _ticks(memory: MemoryPlan, unit: float) -> Iterator[tuple[float, str]]:
-    """Where layers run, as far as their labels find room; the backward's in reverse."""
+    """Where layers run, as far as there is room for their labels; the backward's in reverse."""
     forward = len(memory.choice.steps)
     labelled = [(index, step.name) for index, step in enumerate(memory.choice.steps) if re.search(r"layer \d+$", step.name)]
     if memory.choice.setting.training:

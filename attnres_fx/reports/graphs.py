@@ -1,8 +1,8 @@
 """Graphs for people: the rewritten graph as Python code, and the streams before and after as DOT text.
 
-The code is that of the graph itself, grouped by the module that each line comes from. The DOT drawing is a spine: the
-values of a stream, one box a layer for its branch, and after the rewrite the block sums and the mixes with their
-sources. Of a model that spells its mixes out only the second half is drawn.
+The code is that of the graph itself, grouped by the module that each line comes from. The DOT drawing is a spine: the values
+of a stream, one box per layer for its branch, and after the rewrite the block sums and the mixes with their sources. For a
+model that spells its mixes out, only the second half is drawn.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Pair:
 
 
 def before_and_after(marked: fx.GraphModule) -> Pair:
-    """The two sides of the rewrite of a graph with markers, which stays as it is."""
+    """Both sides of the rewrite of a graph with markers, which stays unchanged."""
     found = find_marked(marked)
     return Pair(found.assignments, found.rewritten())
 
@@ -67,7 +67,7 @@ _STATE = re.compile(r"_(?:parameters|buffers)_(\w+?)_?$")
 
 
 def _short_names(gm: fx.GraphModule) -> dict[str, str]:
-    """Dynamo spells an input by how the frame reaches it; the path in the model says the same."""
+    """Dynamo names an input by how the frame reaches it; the path in the model is equivalent."""
     short: dict[str, str] = {}
     for node in gm.graph.nodes:
         if node.op != "placeholder" or not node.name.startswith("l_"):

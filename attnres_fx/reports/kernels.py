@@ -1,4 +1,4 @@
-"""Which implementation serves an operator, by device, dtype and shape, and why: one table, for people and for programs."""
+"""Which implementation serves an operator, by device, dtype and shape, and why: one table for people and programs."""
 
 from __future__ import annotations
 

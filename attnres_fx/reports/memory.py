@@ -1,4 +1,4 @@
-"""Memory reports: what a converted model holds beside its layers, from its plans alone, as tables and plain data."""
+"""Memory reports: what a converted model holds besides its layers, from its plans alone, as tables and plain data."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Scope:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The chosen memory plan of a call on one device, the tiles it was chosen from, and its size in several scopes.
+    """The chosen memory plan of a call on one device, the tiles that it was chosen from, and its size in several scopes.
 
-    The last scope is the one that the tile was chosen for and that a budget holds for.
+    The last scope is the one that the tile was chosen for and that a budget applies to.
     """
 
     dtype: str
@@ -73,13 +73,13 @@ def plan_memory(
     devices: int = 1,
     training: bool = False, schedule: str = "auto", memory_budget: str | int | None = None,
 ) -> MemoryPlan:
-    """The memory plan of converted streams for a sequence of so many tokens; nothing is run.
+    """The memory plan of converted streams for a sequence of this many tokens; nothing is run.
 
-    ``tokens``: of all streams alike, or of each by its name. ``chunk``: a prefill that reads so many tokens at once.
+    ``tokens``: of all streams alike, or of each by its name. ``chunk``: a prefill that reads this many tokens at once.
     ``devices`` share the tokens of a call. ``memory_budget`` is for one device: text as "512MB", or bytes per token of the
     longest stream.
 
-    Raises: OptionError for a value that has no meaning; MemoryBudgetError if no query tile fits into the budget.
+    Raises: OptionError for a meaningless value; MemoryBudgetError if no query tile fits into the budget.
     """
     name = _SPELLED.get(dtype, dtype)
     if name not in ELEMENTS:
@@ -103,9 +103,9 @@ def plan_memory(
 
 
 def plan_graph_memory(gm: fx.GraphModule, tokens: int, training: bool = False) -> MemoryPlan:
-    """The memory plan of a graph that holds its mixes, for so many tokens instead of those it was traced with.
+    """The memory plan of a graph with mixes, for this many tokens instead of those it was traced with.
 
-    What the graph takes and returns is the caller's memory, and no part of it.
+    The graph's inputs and outputs are the caller's memory, and not part of the plan.
     """
     steps, traced = steps_of_graph(gm)
     counts = dict.fromkeys(traced, tokens)
@@ -174,7 +174,7 @@ def buffers_json(memory: MemoryPlan) -> dict[str, Any]:
 
 
 def scopes_table(memory: MemoryPlan) -> Any:
-    """A table of what one device holds, by scope."""
+    """A table of the memory on one device, by scope."""
     from rich.table import Table
 
     table = Table("for", "tokens", "blocks b_1 to b_N", "planned peak", "lower bound", "without sharing", "ratio")
@@ -186,7 +186,7 @@ def scopes_table(memory: MemoryPlan) -> Any:
 
 
 def tiles_table(memory: MemoryPlan) -> Any:
-    """A table of the query tiles: what each holds, and what the mixes move with it."""
+    """A table of the query tiles: the memory each needs, and the bytes that the mixes move with it."""
     from rich.table import Table
 
     table = Table("queries of a phase 1", "planned peak", "bytes moved, per token", "")
@@ -203,7 +203,7 @@ def buffers_table(memory: MemoryPlan) -> Any:
     """A table of the buffers in the order of their first use."""
     from rich.table import Table
 
-    table = Table("buffer", "kind", "bytes a token", "slot", "offset", "first", "last")
+    table = Table("buffer", "kind", "bytes per token", "slot", "offset", "first", "last")
     for place in memory.choice.layout.placements:
         buffer = place.buffer
         table.add_row(buffer.name, buffer.kind, f"{buffer.bytes_per_token:,}", str(place.slot), f"{place.offset:,}",
@@ -228,7 +228,7 @@ def summary(memory: MemoryPlan) -> str:
 
 
 def _fullest(memory: MemoryPlan) -> list[tuple[str, int]]:
-    """Bytes by kind in the first of the steps in which most is held."""
+    """Bytes by kind in the first step with the most bytes in use."""
     buffers, tokens = memory.choice.buffers, memory.choice.setting.tokens
     held = live_bytes(buffers, tokens)
     step = held.index(max(held))

@@ -27,7 +27,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader that sees the raw stream: its position, and where it stands."""
+    """A reader that sees the raw stream: its position, and its place in the model."""
 
     position: int
     node: str
@@ -40,10 +40,10 @@ class ResidualStream:
     """One residual stream of a model, convertible or not.
 
     ``norm_placement`` is "pre" (a norm before every branch), "sandwich" (before and after), "parallel" (pre-norm with
-    several branches an addition), "branch" (on branch outputs alone), "post" (on the stream), "gated", "mixed", "none".
+    several branches per addition), "branch" (on branch outputs alone), "post" (on the stream), "gated", "mixed", "none".
     ``reason`` says in a sentence why the stream is not convertible, and is None where it is. ``function_preserving``: at
     zero queries the converted model computes the original function under ``mix_scale="paper"`` as norm eps goes to 0;
-    ``raw_readers`` are the readers that stand against it.
+    ``raw_readers`` are the readers that prevent it.
     """
 
     name: str
@@ -70,7 +70,7 @@ class MixEntry:
 class Report:
     """What :func:`attnres_fx.analyze` found; ``print(report)`` gives a table.
 
-    ``seen`` says what was seen instead where there is neither a stream nor a mix.
+    ``seen`` describes what was seen instead if there is neither a stream nor a mix.
     """
 
     streams: tuple[ResidualStream, ...]
@@ -158,10 +158,10 @@ def mixes_table(plans: Sequence[StreamPlan]) -> Any:
 
 
 def schedules(plans: Sequence[StreamPlan], tokens: int) -> list[dict[str, Any]]:
-    """What the schedule would do with the mixes of converted streams: a row a group of mixes, inference and training.
+    """What the schedule would do with the mixes of converted streams: one row per group, for inference and training.
 
     Counted for ``tokens`` tokens in bfloat16 on a GPU; bytes are per token. ``prefix`` is the number of sources that a
-    group reads once in phase 1, 0 where every mix of it is read in one pass.
+    group reads once in phase 1, 0 if every mix of it is read in one pass.
     """
     rows = []
     for plan, training in itertools.product(plans, (False, True)):
@@ -169,7 +169,7 @@ def schedules(plans: Sequence[StreamPlan], tokens: int) -> list[dict[str, Any]]:
         groups = schedule(sources_of_plan(plan.boundaries, plan.num_layers), machine)
         for alone, run in itertools.groupby(groups, key=lambda group: group.prefix == 0):
             parts = list(run)
-            # Neighbours that are read one by one make one row.
+            # Neighbours that are read one by one share a row.
             for part in [parts] if alone else [[group] for group in parts]:
                 rows.append({"stream": plan.name, "training": training, "first": part[0].start + 1, "last": part[-1].stop,
                              "prefix": part[0].prefix, "one_pass": sum(group.one_pass for group in part),

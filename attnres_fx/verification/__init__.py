@@ -1,1 +1,1 @@
-"""Is a converted model what it should be: for live models and for programs."""
+"""Check that a converted model is what it should be: for live models and for programs."""

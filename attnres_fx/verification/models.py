@@ -1,4 +1,4 @@
-"""``verify`` and ``depth_weights``: check a converted model against its definition, and look at its weights."""
+"""``verify`` and ``depth_weights``: check a converted model against its definition, and show its weights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def verify(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = 
     against the definition, evaluated outside the rewrite. Returns a float, the first relative deviation, that carries the
     rest and prints as a few lines.
 
-    Raises: NotConvertedError for a plain model; SitesChangedError and its kin where the graph is not the converted one.
+    Raises: NotConvertedError for a plain model; SitesChangedError and similar errors if the graph is not the converted one.
     """
     model = unwrap(model)
     plans = plans_of(model)

@@ -41,8 +41,8 @@ from attnres_fx.verification.verdict import (
 def verify_program(program: Program, *, seed: int = 0, **options: Any) -> Verification:
     """Both oracles of :func:`attnres_fx.verify` for a program; a plain one is converted in memory with ``options``.
 
-    A program that is rewritten already no longer holds the plain network. Its mixes are replaced by the sums of their
-    sources to give it back, recomputed one by one by definition, and held to the plan in the file.
+    A program that is already rewritten no longer contains the plain network. It is recovered by replacing the mixes with the
+    sums of their sources; the mixes are recomputed one by one by definition, and checked against the plan in the file.
     """
     need_inputs(program)
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def verify_program(program: Program, *, seed: int = 0, **options: Any) -> Verifi
     if paper:
         sums = as_sums(rewritten)
         zero_sum = deviation(run(sums, sums, at_zero), expected)
-    preserving, notes = program.preserving, ["the program is rewritten already: its mixes are held to the plan in the file"]
+    preserving, notes = program.preserving, ["the program is rewritten already; its mixes are checked against its plan"]
     if found is None:
         interpreter: fx.Interpreter = _ByDefinition(rewritten)
         owner = rewritten
@@ -86,9 +86,9 @@ def verify_program(program: Program, *, seed: int = 0, **options: Any) -> Verifi
 
 
 def check_mixes(gm: fx.GraphModule, plans: Sequence[StreamPlan]) -> None:
-    """Hold the mixes of a rewritten program to its plans: row, number of sources, eps and output factor of each.
+    """Check the mixes of a rewritten program against its plans: row, number of sources, eps and output factor of each.
 
-    Raises: CheckpointFileError if the program is not what its plans say.
+    Raises: CheckpointFileError if the program does not match its plans.
     """
     by_query = {f"attnres.{plan.name}.query": plan for plan in plans}
     seen: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""The verdict of a verification, and what it is weighed by."""
+"""The verdict of a verification, and the tolerances behind it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Verification(float):
     """The relative deviation from the plain network at zero queries, with what else was checked.
 
     ``zero_query`` is the number itself; ``zero_query_sum`` the same with every mix multiplied by its number of sources,
-    which must vanish but for rounding (under "paper" norms see the stream divided by that, and their eps weighs more).
+    which must vanish up to rounding (under "paper" norms see the stream divided by that, and their eps weighs more).
     ``random_query`` is the relative deviation from the definition (Eq. 5-6 re-summed from the recorded layer outputs) with
     random queries and gains, which a wrong block boundary, swapped rows or a lost gain would raise. ``tolerance`` is the
     largest deviation that rounding explains; ``exact_start`` says whether zero queries should reproduce the plain network;
@@ -96,7 +96,7 @@ def trial_values(kind: str, like: Tensor, generator: torch.Generator) -> tuple[T
 def parameters_of(
     found: Marked, value: Callable[[fx.Node], Tensor]
 ) -> list[tuple[Stream, StreamPlan, Tensor, Tensor | None]]:
-    """The streams of a graph as the oracle takes them; ``value`` gives the parameter that a node reads."""
+    """The streams of a graph in the form the oracle takes; ``value`` gives the parameter that a node reads."""
     return [(a.stream, a.plan, value(a.query), None if a.key_gain is None else value(a.key_gain)) for a in found.assignments]
 
 
@@ -111,7 +111,7 @@ def as_sums(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def mix_arguments(node: fx.Node, given: Sequence[Any]) -> tuple[Any, ...]:
-    """The seven arguments of a mix; a serialized graph leaves out those that have their default value."""
+    """The seven arguments of a mix; a serialized graph omits those that have their default value."""
     schema = schema_of(MIX).arguments
     values = [*given, *(argument.default_value for argument in schema[len(given):])]
     for index, described in enumerate(schema):

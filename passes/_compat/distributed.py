@@ -22,7 +22,7 @@ def in_parallel() -> bool:
 def calling_modules() -> list[nn.Module]:
     """The modules whose methods are running, innermost first: the ``self`` of every frame on the stack.
 
-    The locals of other frames are not asked for: Python would hold on to what they name, a caller's loss, say.
+    The locals of other frames are not read: Python would keep alive what they name, such as a caller's loss.
     """
     found: dict[int, nn.Module] = {}
     frame: types.FrameType | None = sys._getframe(1)
@@ -37,8 +37,8 @@ def calling_modules() -> list[nn.Module]:
 def reduces(module: nn.Module, parameter: Tensor) -> bool | None:
     """Whether ``module`` adds up the gradient of ``parameter`` over several processes; None if it does so for no gradient.
 
-    DistributedDataParallel keeps a list of its parameters. FSDP's first form leaves out a set. Of ``fully_shard`` every
-    group names the modules and attributes that it puts the whole parameters into for the time of a call.
+    DistributedDataParallel keeps a list of its parameters. FSDP's first form leaves out a set. With ``fully_shard``, every
+    group names the modules and attributes that receive the whole parameters during a call.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
@@ -61,7 +61,7 @@ def reduces(module: nn.Module, parameter: Tensor) -> bool | None:
 
 
 def wrapper_name(module: nn.Module) -> str:
-    """What users call a wrapper that reduces gradients. ``fully_shard`` generates a class for every model."""
+    """The users' name for a wrapper that reduces gradients. ``fully_shard`` generates a class for every model."""
     from torch.distributed.fsdp import FSDPModule
 
     return "fully_shard" if isinstance(module, FSDPModule) else type(module).__name__
@@ -80,7 +80,7 @@ def _groups(module: Any) -> list[Any]:
 
 
 def _whole(param: Any) -> list[Any]:
-    """What stands now in the attributes that a sharded parameter is put into, shared ones included."""
+    """The current values of the attributes that a sharded parameter is put into, shared ones included."""
     info = param._module_info
     places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names)]
     return [getattr(module, name, None) for module, name in places]

@@ -1,4 +1,4 @@
-"""Every touch of Dynamo's private interfaces: what it traces, what it refuses, whom it tells.
+"""Every touch of Dynamo's private interfaces: what it traces, what it refuses, what it reports.
 
 Written against torch 2.11 to 2.15. ``tests/passes/_compat/test_dynamo.py`` holds one test for each.
 """
@@ -57,7 +57,7 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() and any(mode is not None for mode in modes)
 
 
-# What Dynamo is told for the time of one trace holds for the whole process: one thread traces at a time.
+# Dynamo's settings for one trace apply to the whole process: one thread traces at a time.
 _TRACING = threading.RLock()
 _CAPTURED: ContextVar[bool] = ContextVar("captured", default=False)
 
@@ -94,8 +94,8 @@ def pass_over_requires_grad() -> None:
     """Have Dynamo pass over ``requires_grad_()`` of values computed within a graph that is captured, or that holds a marker.
 
     Hooks call it on the embeddings of a frozen model, so that layers checkpointed the old way see an input with a gradient.
-    Within one graph nothing depends on it, and Dynamo breaks the graph for it: the gradient of such a value, which nobody
-    can ask for after the call, is all that it would bring.
+    Within one graph nothing depends on it, and Dynamo breaks the graph for it: its only effect would be the gradient of such
+    a value, which is out of reach after the call.
     """
     from torch._dynamo.variables.tensor import TensorVariable
 
@@ -170,8 +170,8 @@ def graph_break_reason(gm: fx.GraphModule) -> tuple[str, str] | None:
 def skipped_frame() -> tuple[str, str] | None:
     """(reason, ``file:line`` of the function) of a calling frame that Dynamo gave up: a graph break within its loop.
 
-    Nobody is handed such a frame: it runs eagerly, and Dynamo compiles what it calls, piece by piece. What remains is its
-    record among the counters, and the frame itself on the stack of whoever is called now.
+    No backend gets such a frame: it runs eagerly, and Dynamo compiles what it calls, piece by piece. What remains is its
+    record in the counters, and the frame itself on the stack.
     """
     from torch._dynamo.utils import counters
 
@@ -206,12 +206,12 @@ def quiet_dynamo() -> Iterator[None]:
 
 
 def recompile_limit() -> int:
-    """How many kinds of calls a function is compiled for."""
+    """The number of kinds of calls that a function is compiled for."""
     return int(torch._dynamo.config.recompile_limit)
 
 
 def unlimited_compiles() -> Any:
-    """Lift Dynamo's limits on compiling one code object again: tracing keeps nothing, so no count can grow harmful."""
+    """Lift Dynamo's limits on compiling one code object again: tracing keeps nothing, so no count can do harm."""
     return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
 
 
@@ -257,7 +257,7 @@ Report = Callable[[Frame, str, str, Mapping[str, Any]], None]
 
 def watch_given_up_frames(backend: Callable[..., Any], report: Report) -> None:
     """Have ``report`` called with every frame of a module's own forward that Dynamo was to compile with ``backend`` and
-    gives up, so that it runs in Python and no backend hears of it: (the frame, why, ``file:line``, the backend's settings).
+    gives up, so that it runs in Python and no backend sees it: (the frame, why, ``file:line``, the backend's settings).
     An error that it raises is raised to the caller.
 
     Such a frame is the outermost one: of those that it calls, which are tried on their own, nothing is reported.

@@ -1,6 +1,6 @@
 """Every touch of private interfaces of torch.fx and the dispatcher; the other files of this folder have the rest.
 
-Written against torch 2.11 to 2.15; what a release lacks is looked for, not its number. The tests of ``tests/passes/_compat``
+Written against torch 2.11 to 2.15; features are looked up, not version numbers. The tests of ``tests/passes/_compat``
 hold one for each: a new release needs them to pass.
 """
 
@@ -21,7 +21,7 @@ from attnres_fx.runtime.marker import ENTER
 
 __all__ = ["HigherOrderOperator", "OpOverload", "OpOverloadPacket", "pytree", "trace_structured"]
 
-# Dead-code elimination must keep the marker, or other backends would run the plain network without a word.
+# Dead-code elimination must keep the marker, or other backends would silently run the plain network.
 fx.node.has_side_effect(ENTER)
 
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "compile_subgraph_reason", "_backend_id")
@@ -39,7 +39,7 @@ def carry_dynamo_metadata(old: fx.GraphModule, new: fx.GraphModule, mapping: dic
 
 
 def late_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A module of ``graph`` whose code is generated when it is first asked for or run, and never if nobody does."""
+    """A module of ``graph`` whose code is generated only when it is first read or run."""
     return _LazyGraphModule(root, graph, class_name="GraphModule")
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 
 def captures_graphs() -> bool:
-    """Whether Inductor is set to capture graphs of a GPU's work."""
+    """Whether Inductor is set to capture graphs of GPU work."""
     import torch._inductor.config
 
     return bool(torch._inductor.config.triton.cudagraphs)
@@ -31,8 +31,8 @@ class GraphPasses:
 
     ``joint`` runs on the joint graph of AOTAutograd; ``call`` on the graph of a call without a backward, when all others are
     done; ``forward`` likewise on the forward of a training step, with the number of its outputs that are not kept for the
-    backward. ``identity`` stands for them, and for everything else that the graph alone does not tell, in the keys of
-    torch's caches.
+    backward. ``identity`` represents them, and everything else that the graph alone does not show, in the keys of torch's
+    caches.
     """
 
     identity: str
@@ -78,7 +78,7 @@ def run_inductor(
             return identity
 
     def inner_compile(module: fx.GraphModule, given: Sequence[Any], **settings: Any) -> Any:
-        """Where no pass is told what its graph is for, this is."""
+        """Used where a pass is not given the purpose of its graph."""
         nonlocal compiling_inference
         compiling_inference = bool(settings.get("is_inference"))
         return compile_fx_inner(module, given, **settings)
@@ -91,7 +91,7 @@ def run_inductor(
 
 
 def _before(own: Any, theirs: Any) -> Any:
-    """What Inductor's setting for a custom pass has to hold, that ``own`` may run before what it holds."""
+    """The value for Inductor's setting for a custom pass with which ``own`` runs before the passes already there."""
     from torch._inductor import custom_graph_pass
 
     if hasattr(custom_graph_pass, "get_custom_graph_passes"):  # from torch 2.13 on a setting holds a list
@@ -128,7 +128,7 @@ def tunes_products() -> bool:
 def orders_copies(device: torch.device) -> bool:
     """Whether Inductor lets a loop that is copied into a view wait for the memory behind the view.
 
-    Torch 2.11 forgets on the CPU, where it joins loops of several shapes, what else a loop has to wait for.
+    On the CPU, where torch 2.11 joins loops of several shapes, it forgets what else a loop has to wait for.
     """
     from torch._inductor.scheduler import SchedulerNode
 
@@ -140,9 +140,9 @@ _PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, 
 
 
 def runs_in_place_order(target: Any) -> bool:
-    """Whether Inductor surely computes an operator where it stands in the graph, from inputs that are stored by then.
+    """Whether Inductor is known to compute an operator at its place in the graph, from inputs that are stored by then.
 
-    Loops over elements it computes where somebody needs their result, as part of what needs it, and may do so twice.
+    It computes loops over elements where their result is needed, as part of the reader, perhaps twice.
     """
     from torch._inductor.lowering import fallbacks, lowerings
 
@@ -177,5 +177,5 @@ def is_backward_node(node: fx.Node) -> bool:
 
 
 def mark_backward(node: fx.Node) -> None:
-    """Say that a node is of the backward, as AOTAutograd says it."""
+    """Mark a node as one of the backward, as AOTAutograd does."""
     node.meta["partitioner_tag"] = "is_backward"

@@ -13,8 +13,8 @@ from attnres_fx.passes._compat.dynamo import is_graph_break
 
 
 def install_output_capture(model: nn.Module, kwargs: Mapping[str, Any], error: BaseException | None = None) -> bool:
-    """Install the hooks behind ``output_hidden_states`` and its kin, if the call asks for them, or if the tracer says by
-    ``error`` that something within the model does; whether there is anything to install that was not there.
+    """Install the hooks behind ``output_hidden_states`` and similar options, if the call, or by ``error`` something within
+    the model, asks for them; returns whether anything new was installed.
 
     transformers installs them under a lock at the first such call, and Dynamo cannot trace a lock.
     """

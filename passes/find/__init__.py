@@ -1,1 +1,1 @@
-"""Residual streams: found by data flow, with what stands against a rewrite. Analysis alone."""
+"""Residual streams: found by data flow, with what prevents a rewrite. Analysis alone."""

@@ -3,7 +3,7 @@
 Where no identity leads from one value to the next, something is done to the stream itself: it is normalised, scaled, gated,
 mixed with its first value, split into lanes that a small matrix mixes, handed to a recurrent cell, written over. Each is
 found by what the operations compute from the value before and becomes an :class:`Obstacle` of its own kind. Features that
-are merely added on the way are no obstacle: they are terms (:func:`injected`).
+are merely added on the way are not an obstacle: they are terms (:func:`injected`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def hang(layer: Layer, base: fx.Node, obstacles: tuple[Obstacle, ...], search: S
 def injected(layer: Layer, search: Search) -> tuple[Layer, Link] | None:
     """``layer`` with the terms that were added to a value of the stream on the way to its skip, and that value's link.
 
-    Somebody else reads the value without them: they are terms of the following layer.
+    Other nodes read the value without them: they are terms of the following layer.
     """
     terms: list[fx.Node] = []
     opened: list[fx.Node] = []
@@ -105,7 +105,7 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _as_many(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values have one shape, or are reshaped into each other."""
+    """Whether two values have one shape, or one is a reshape of the other."""
     return _same(a, b) or (static_numel(a) is not None and static_numel(a) == static_numel(b))
 
 
@@ -193,7 +193,7 @@ def _sums_lanes(node: fx.Node) -> bool:
 
 
 def back_to_link(base: fx.Node, search: Search) -> tuple[Link | None, list[fx.Node]]:
-    """The chain end from which ``base`` is made by norms, scales and the like, and the operations between."""
+    """The chain end from which ``base`` is made by norms, scales and similar operations, and the operations between."""
     for origin in origins(base, search):
         link = search.links.get(origin)
         if link is not None and _as_many(origin, base):
@@ -202,7 +202,7 @@ def back_to_link(base: fx.Node, search: Search) -> tuple[Link | None, list[fx.No
 
 
 def between(end: fx.Node, start: fx.Node) -> list[fx.Node]:
-    """The nodes on ways from ``start`` (excluded) to ``end`` (included) that hold no contraction but of lanes."""
+    """The nodes on paths from ``start`` (excluded) to ``end`` (included) without a contraction other than of lanes."""
     found: list[fx.Node] = []
     pending, seen = [end], {end, start}
     while pending and len(seen) < 4 * _REACH:

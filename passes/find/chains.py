@@ -1,4 +1,4 @@
-"""Links: the additions that detection has found so far, the tree they form, and who descends from whom."""
+"""Links: the additions that detection has found so far, the tree they form, and which descends from which."""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
 A residual addition is a sum one operand of which (the skip) reaches the others (the terms) only through a branch. Chains
 of such additions, linked by identity through pass-throughs, are the streams. The way:
 
-1. Every sum is flattened over inner sums that nobody else reads. The skip is the operand that is an ancestor of another;
+1. Every sum is flattened over inner sums that no other node reads. The skip is the operand that is an ancestor of another;
    of two on one chain the later, so that an embedding added again is a term and not a skip.
 2. Ancestry is decided by a search backward from the later operand that never goes behind the earlier one and leaps over
    chains already found, so that its cost is that of one branch and the whole stays linear in the graph.
 3. Where the skip reaches a sum through something else than pass-throughs (a norm, a scale, a gate), the link is kept and
-   the operation recorded as an obstacle: post-norm and its kin are found for what they are.
+   the operation recorded as an obstacle: post-norm and similar forms are recognised as such.
 4. A branch with a contraction is a sublayer. Sums without one count only between two that have one.
 """
 
@@ -75,7 +75,7 @@ def detect(graph: fx.Graph) -> tuple[Stream, ...]:
 
 
 def _enter(link: Link, search: Search) -> None:
-    """Hang a link into its tree; earlier additions to the same value that lead into its branch are enclosed by it."""
+    """Insert a link into its tree; earlier additions to the same value that lead into its branch are enclosed by it."""
     siblings = link.parent.children if link.parent is not None else search.starts.setdefault(link.root, [])
     for sibling in siblings:
         if any(search.reach(sibling.layer.node, term)[0] for term in link.layer.terms):
@@ -93,7 +93,7 @@ def _withdraw(inner: fx.Node, search: Search) -> None:
 
 
 def _flatten(node: fx.Node, search: Search) -> tuple[list[fx.Node], list[fx.Node]]:
-    """(operands of the whole sum, inner sums that nobody else reads)."""
+    """(operands of the whole sum, inner sums that no other node reads)."""
     operands: list[fx.Node] = []
     inner: list[fx.Node] = []
     whole = float_tensor(node)
@@ -187,7 +187,7 @@ def _plain_link(layer: Layer, base: fx.Node, contraction: bool, apart: list[fx.N
 def _obstructed_link(layer: Layer, leads: list[Link], search: Search) -> Link | None:
     """A sum whose skip is scaled, gated, normalised or mixed on its way: c * x + f(x).
 
-    An earlier value of a chain that another operand continues (one of ``leads``) is mixed back in, and is no skip.
+    An earlier value of a chain that another operand continues (one of ``leads``) is mixed back in, and is not a skip.
     """
     base = base_of(layer.skip)
     whole = float_tensor(layer.node)
@@ -252,7 +252,7 @@ def _chains(search: Search) -> list[list[Link]]:
 
 
 def _inside_branch(chain: list[Link], other: list[Link], search: Search) -> bool:
-    """Whether ``chain`` stands within one branch of ``other``: it starts from a value of ``other`` and ends in its next."""
+    """Whether ``chain`` lies within one branch of ``other``: it starts from a value of ``other`` and ends in its next."""
     first, last = search.order[chain[0].layer.node], search.order[chain[-1].layer.node]
     before: fx.Node = base_of(other[0].layer.skip)
     for link in other:
@@ -313,7 +313,7 @@ def _mutations(value: fx.Node) -> list[Obstacle]:
 
 
 def _mixed(stream: Stream, reads: dict[fx.Node, fx.Node]) -> list[Obstacle]:
-    """Values of the stream that are weighted against others by functions of themselves: a hand-written mix, or a kin."""
+    """Values of the stream that are weighted against others by functions of themselves: a hand-written mix, or similar."""
     found = next((reads[base_of(value)] for value in stream.values if base_of(value) in reads), None)
     return [] if found is None else [Obstacle("mix", found)]
 
@@ -321,7 +321,7 @@ def _mixed(stream: Stream, reads: dict[fx.Node, fx.Node]) -> list[Obstacle]:
 def hidden_layers(graph: fx.Graph) -> list[fx.Node]:
     """The higher-order operators of ``graph`` whose bodies, at any depth, hold residual additions. Changes nothing.
 
-    The branches of ``cond`` and the body of ``while_loop`` run or do not run as values decide, so that they are not inlined.
+    Values decide whether the branches of ``cond`` and the body of ``while_loop`` run, so they are not inlined.
     A stream that such a body continues would be found in pieces; it is refused. A body within a branch is a branch like any
     other.
     """

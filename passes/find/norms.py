@@ -43,7 +43,7 @@ from attnres_fx.passes.graph.vocabulary import (
 
 _LARGEST_EPS = 2e-3
 
-# The second tensor of these lends its dtype or shape alone.
+# Of the second tensor of these only the dtype or shape is used.
 _SAME_AS_FIRST = CASTS | LIKE_ANOTHER
 
 # How far a reader is followed before it counts as raw, in nodes.
@@ -51,13 +51,13 @@ _REACH = 400
 
 
 class _NotHomogeneous(Exception):
-    """Internal: the degree of a value cannot be told."""
+    """Internal: the degree of a value cannot be determined."""
 
 
 def with_norms(stream: Stream, order: dict[fx.Node, int]) -> Stream:
     """``stream`` with its ``raw_readers`` and its ``norm_placement``; ``order`` numbers the nodes of the graph.
 
-    Position 0 has one source, and its mix is the identity: who reads it raw sees what it always saw.
+    Position 0 has one source, and its mix is the identity: a raw reader of it sees what it always saw.
     """
     uses = [raw_uses(stream, position, order) for position in range(stream.num_layers + 1)]
     raw = tuple((p, culprit) for p, culprits in enumerate(uses) if p > 0 for culprit in culprits)
@@ -73,7 +73,7 @@ def raw_uses(stream: Stream, position: int, order: dict[fx.Node, int]) -> list[f
 
 
 def _own(stream: Stream, position: int) -> set[fx.Node]:
-    """The next addition of the stream, which is no reader of ``position``."""
+    """The next addition of the stream, which does not count as a reader of ``position``."""
     if position == stream.num_layers:
         return set()
     return {stream.layers[position].node, *stream.layers[position].inner}
@@ -159,7 +159,7 @@ def _fail() -> Fraction:
 
 
 def _placement(stream: Stream, uses: list[list[fx.Node]], order: dict[fx.Node, int]) -> str:
-    """The placement in one word, from the raw uses of every position and from how branches end."""
+    """The placement in one word, from the raw uses of every position and from the ends of branches."""
     kinds = {obstacle.kind for obstacle in stream.obstacles}
     if "lanes" in kinds:
         return "hyper"
@@ -168,7 +168,7 @@ def _placement(stream: Stream, uses: list[list[fx.Node]], order: dict[fx.Node, i
     if kinds & {"gate", "cell"}:
         return "gated"
     branches_normed = [all(_ends_in_norm(term) for term in layer.terms) for layer in stream.layers]
-    # Position 0 may be a normalised embedding; it tells about the layers only where there is no other.
+    # Position 0 may be a normalised embedding; it says something about the layers only if there is no other position.
     inputs = list(enumerate(uses))[1:-1] or [(0, uses[0])]
     raw = [any(culprit.op != "output" and not _normed_after(culprit, _own(stream, position), order) for culprit in culprits)
            for position, culprits in inputs]
@@ -184,7 +184,7 @@ def _placement(stream: Stream, uses: list[list[fx.Node]], order: dict[fx.Node, i
 
 
 def _normed_after(culprit: fx.Node, own: set[fx.Node], order: dict[fx.Node, int]) -> bool:
-    """Whether ``culprit`` adds something to the value for its reader, who norms the sum."""
+    """Whether ``culprit`` adds something to the value for a reader that norms the sum."""
     return addition_of(culprit) is not None and not any(
         second.op != "output" for second in _culprits(culprit, culprit.users, own, order))
 

@@ -1,6 +1,6 @@
-"""Obstacles: what stands against the rewrite of a stream, and what a graph without streams holds instead.
+"""Obstacles: what prevents the rewrite of a stream, and what a graph without streams has instead.
 
-Each has the error that a conversion raises, one sentence of why, and what a user can do.
+Each has the error that a conversion raises, a one-sentence reason, and what the user can do.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Layer:
     ``node`` is the addition, ``skip`` the raw operand that carries the stream, ``terms`` the raw branch operands (several
     where branches are added together, as in parallel blocks), ``inner`` further additions of the same sum. ``branches``
     counts the terms that are sublayers of their own: computed from the skip by a contraction. ``injections`` are sums
-    between the last value of the stream and this layer that others read too; what they add is among the terms.
+    between the last value of the stream and this layer that have other readers, too; what they add is among the terms.
     """
 
     node: fx.Node

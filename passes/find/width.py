@@ -18,16 +18,16 @@ from attnres_fx.passes.graph.vocabulary import (
     permutation_of,
 )
 
-# How many readers of the stream are asked before the last dimension is taken.
+# How many readers of the stream are examined before the last dimension is taken.
 _ASKED = 64
 
 
 def feature_dim(stream: Stream) -> int:
     """The feature dimension of ``stream``, counted from the end, in the layout of its first addition.
 
-    The first reader that normalises or contracts one dimension tells: a layer norm or a linear map its last, a convolution
-    or a batch norm the channels. Permutations between the stream and the reader are followed; where a reshape stands
-    between, or nobody tells, it is the last.
+    The first reader that normalises or contracts one dimension decides: a layer norm or a linear map its last, a convolution
+    or a batch norm the channels. Permutations between the stream and the reader are followed; after a reshape, or if no
+    reader decides, it is the last.
     """
     first = stream.layers[0]
     rank = value_of(first.node).dim()
@@ -52,7 +52,7 @@ def feature_dim(stream: Stream) -> int:
 
 
 def _told_by(node: fx.Node, rank: int) -> int | None:
-    """The dimension of its first argument that ``node`` takes for features, or None."""
+    """The dimension of its first argument that ``node`` treats as features, or None."""
     name = op_name(node)
     if name in OF_THE_LAST_DIMENSION:
         return rank - 1

@@ -1,4 +1,4 @@
-"""Who shares memory with whom, and who changes it: the one place that answers both for a traced graph."""
+"""Which nodes share memory, and which change it: the one place that answers both for a traced graph."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def memory_of(node: fx.Node) -> fx.Node:
 
 
 def has_one_name(target: fx.Node, mutation: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether whatever reads ``target``'s memory after ``mutation`` reads it as ``target``, so that it can read a copy."""
+    """Whether all that read ``target``'s memory after ``mutation`` read it as ``target``, so that they can read a copy."""
     root, here = memory_of(target), order[mutation]
     if root.op in ("placeholder", "get_attr"):
         return False
@@ -142,7 +142,7 @@ def changes_near(
     return found
 
 
-# A graph after AOTAutograd is functional but for its last nodes: what changes memory is apart from what views it.
+# A graph after AOTAutograd is functional except for its last nodes: what changes memory is apart from what views it.
 
 
 def view_of(node: fx.Node) -> fx.Node | None:
@@ -162,7 +162,7 @@ def viewed_through(node: fx.Node) -> list[fx.Node]:
 
 
 def viewed_memory(node: fx.Node) -> fx.Node:
-    """The node of whose memory ``node`` is a view; itself if it has its own."""
+    """The node whose memory ``node`` views; itself if it has its own."""
     return viewed_through(node)[-1]
 
 
@@ -183,7 +183,7 @@ def readers_through_views(tensor: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
 
 
 def whole_memory_of(node: fx.Node) -> fx.Node:
-    """The node of whose whole memory ``node`` is a view."""
+    """The node whose whole memory ``node`` views."""
     while (source := viewed(node)) is not None and is_whole_view(node, source):
         node = source
     return node

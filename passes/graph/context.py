@@ -1,11 +1,11 @@
-"""What a graph is compiled for, as every pass is told it."""
+"""What a graph is compiled for, in the form that every pass receives."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
 
-# Set to 1, every pass is checked after it ran: what tests do, and who looks for a fault.
+# If set to 1, every pass is checked after it ran, as in tests or when looking for a fault.
 CHECKS_VARIABLE = "ATTNRES_CHECK_PASSES"
 
 
@@ -15,7 +15,7 @@ def _checks() -> bool:
 
 @dataclass(frozen=True)
 class Context:
-    """The facts that decide what passes do; a pass reads them from here and from its graph alone.
+    """The facts that decide what passes do; a pass reads only these and its graph.
 
     ``training``: the graph is differentiated. ``schedule``: "auto", by bytes moved; "one-pass"; "two-phase", wherever mixes
     have sources in common. ``most_queries``: how many queries one phase 1 may serve; None is the schedule's own limit.

@@ -1,8 +1,8 @@
 """Edits of graphs: copies, new nodes with their values, what is moved, what is dead.
 
-``Graph.eliminate_dead_code`` is not used: it takes for dead what changes a tensor in place where nobody reads the result of
-the call, what counts the levels of functorch, and any other call that is made for its effect. What nobody read when the
-graph came may be such a call, whatever it gives: only what a pass left unread is dead.
+``Graph.eliminate_dead_code`` is not used: it removes unread calls that change a tensor in place, that count the levels of
+functorch, or that are made for any other effect. A node that was unread when the graph came may be such a call, whatever it
+returns: only what a pass left unread is dead.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _STRUCTURE = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", 
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``gm`` with its own graph, sharing parameters and submodules, with all metadata that Dynamo needs. Its
-    code is generated when somebody needs it.
+    """A copy of ``gm`` with its own graph, sharing parameters and submodules, with all metadata that Dynamo needs. Its code
+    is generated when it is needed.
     """
     return copy_with_nodes(gm)[0]
 
@@ -84,7 +84,7 @@ def _traced_value(node: fx.Node) -> Any:
 
 
 def sort_topologically(graph: fx.Graph) -> None:
-    """Put the nodes of ``graph`` in an order in which each comes after its inputs; what need not wait keeps its order."""
+    """Put the nodes of ``graph`` in an order in which each comes after its inputs; others keep their order."""
     import networkx
 
     order = {node: index for index, node in enumerate(graph.nodes)}
@@ -103,11 +103,11 @@ def replace_uses(old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:
         user.replace_input_with(old, new)
 
 
-_UNREAD = "attnres_unread"  # in the meta of a node that nobody read when its graph came
+_UNREAD = "attnres_unread"  # in the meta of a node that was unread when its graph came
 
 
 def keep_unread(graph: fx.Graph) -> None:
-    """Remember what nobody reads in a graph that just came, so that :func:`remove_dead` leaves it."""
+    """Remember what is unread in a graph that just came, so that :func:`remove_dead` leaves it."""
     for node in graph.nodes:
         if not node.users:
             node.meta[_UNREAD] = True
@@ -122,7 +122,7 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def remove_dead(graph: fx.Graph) -> int:
-    """Remove the nodes that nobody reads and that do nothing but make a value; returns how many."""
+    """Remove the unread nodes that only make a value; returns how many."""
     before = len(graph.nodes)
     for node in reversed(graph.nodes):
         if not node.users and only_makes_a_value(node):
@@ -131,7 +131,7 @@ def remove_dead(graph: fx.Graph) -> int:
 
 
 def only_makes_a_value(node: fx.Node) -> bool:
-    """Whether ``node`` may go where nobody reads it."""
+    """Whether ``node`` may be removed if it is unread."""
     if node.op == "get_attr":
         return True
     if node.meta.get(_UNREAD, False):
@@ -148,7 +148,7 @@ def _is_value(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))
 
 
-# What is made by more operations than these is left where it is.
+# A value that takes more operations than this is left where it is.
 _MOST_MOVED = 16
 
 

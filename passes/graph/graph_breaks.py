@@ -1,6 +1,6 @@
 """Graph breaks: what cut a graph, in the user's words, and the switch or the change that avoids it.
 
-Dynamo tells what it cannot trace; what the user did is often something else: put the model under another tool's hooks, say.
+Dynamo reports what it cannot trace; what the user did is often something else, such as using another tool's hooks.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import re
 
 from attnres_fx.runtime.errors import GraphBreakError, Place
 
-# What holds of every graph break.
+# What is true of every graph break.
 _ONE_GRAPH = "The module that owns a converted stream runs as one graph, eagerly too: parts of it would run without mixes"
 _GENERAL = ("make the line traceable (torch.compile(model, fullgraph=True) of the plain model stops there too), take it out "
             "of the module that owns the stream, or make it one operator with torch.library.custom_op")
 _CAPTURE = "compile with fullgraph=True, which captures it, or set torch._dynamo.config."
 
-# A pattern in what Dynamo says or in the file that it stopped at, and what to do; the first that fits is told.
+# A pattern in Dynamo's message or in the file that it stopped at, and what to do; the first that fits is used.
 _KNOWN: tuple[tuple[str, str], ...] = (
     (r"accelerate/hooks\.py",
-     "accelerate moves the weights of this model about within the call (cpu_offload, disk_offload, a device_map over "
+     "accelerate moves the weights of this model during the call (cpu_offload, disk_offload, a device_map over "
      "several devices), which no graph can hold. Load the model whole on one device, and take the hooks off with "
      "accelerate.hooks.remove_hook_from_submodules(model)"),
     (r"ao/nn/(quantized|intrinsic)|quantize_dynamic",
@@ -29,7 +29,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
      "one size with cache_implementation='static'"),
     (r"distributed/fsdp/_fully_shard/",
      "fully_shard on single layers gathers weights in hooks between them, which no graph can hold. Call "
-     "fully_shard(model) on the whole model alone: it is gathered once a call"),
+     "fully_shard(model) on the whole model alone: it is gathered once per call"),
     (r"use_orig_params=False",
      "wrap with FullyShardedDataParallel(model, use_orig_params=True), or call torch.distributed.fsdp.fully_shard(model)"),
     (r"nn/parallel/distributed\.py",
@@ -42,7 +42,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     (r"ContextVar",
      "a variable of the context cannot be read within a graph: read it around the call of the model, and hand it in"),
     (r"[Cc]ould not (guard on|extract) .*data-dependent|GuardOnDataDependent",
-     "a size that only the data tells decides what is computed. Trace the model with inputs that leave this part out (of a "
+     "a size that depends on the data decides what is computed. Trace the model with inputs that leave this part out (of a "
      "vision-language model: text alone), and convert the stream of the rest; the part itself runs as it is"),
     (r"[Dd]ata-dependent (branch|jump)|dynamic control flow",
      "write the branch with torch.where or torch.cond, or take it out of the module that owns the stream"),
@@ -61,7 +61,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
 
 
 def known_remedy(said: str, source: str) -> str:
-    """What to do about a graph break of a known kind, told by what Dynamo ``said`` and the file it stopped at; else ""."""
+    """What to do about a graph break of a known kind, by what Dynamo ``said`` and the file it stopped at; else ""."""
     return next((known for pattern, known in _KNOWN if re.search(pattern, f"{said}\n{source}")), "")
 
 

@@ -38,8 +38,8 @@ def same_size(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def is_contiguous(value: torch.Tensor) -> bool:
-    """Whether a tensor is known to be contiguous, without adding guards on symbolic sizes: torch's own question fails where
-    only a call tells a size.
+    """Whether a tensor is known to be contiguous, without adding guards on symbolic sizes: torch's own check fails where a
+    size is known only in a call.
     """
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride())):
@@ -53,7 +53,7 @@ def module_of(graph: fx.Graph) -> fx.GraphModule:
     """The module that a graph belongs to, whose attributes its nodes name."""
     owner = graph.owning_module
     if owner is None:
-        raise ValueError("the graph belongs to no module")
+        raise ValueError("the graph does not belong to a module")
     return owner
 
 

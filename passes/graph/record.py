@@ -1,4 +1,4 @@
-"""What the rewrite notes on the nodes that it makes, for the passes and the reports that come after it."""
+"""What the rewrite records on the nodes that it makes, for later passes and reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KEY = "attnres"  # in the meta of a node
 @dataclass(frozen=True)
 class Record:
     """``role``: "mix", "partial" (a block sum, complete or not) or "phase 1". ``stream`` and ``position`` say which value of
-    which stream it is; a mix that was spelled out by hand has neither. ``sources`` and ``queries`` are numbers of them.
+    which stream it is; a mix that was spelled out by hand has neither. ``sources`` and ``queries`` are counts.
     """
 
     role: str

@@ -1,7 +1,7 @@
 """One vocabulary for the graphs of Dynamo, ``torch.export`` and ``torch.fx.symbolic_trace``.
 
 The three spell one operation in many ways (``operator.add``, ``torch.add``, ``aten.add.Tensor``, ``x.add(y)``, a leaf
-module). Passes ask this file what a node means and never look at targets themselves. Names are those of ATen.
+module). Passes learn from this file what a node means and never look at targets themselves. Names are ATen's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCORINGS = PLAIN_PRODUCTS | {"linear", "baddbmm"}  # what the logits of a mix ma
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # and over how many dimensions
 SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
 ATTENTION = "scaled_dot_product_attention"
-# What gates are made by, and weights over depth that are no softmax.
+# What makes gates, and weights over depth that are not a softmax.
 SIGMOIDS = frozenset({"sigmoid", "hardsigmoid", "Sigmoid"})
 GATES = frozenset({"sigmoid", "tanh", "softplus", "relu", "sparsemax", "hardsigmoid", "gumbel_softmax"})
 
@@ -38,7 +38,7 @@ CASTS = frozenset({"to", "_to_copy", "float", "double", "half", "bfloat16", "typ
 NEW_COPIES = frozenset({"contiguous", "clone", "Identity", "lift_fresh_copy"})  # which may have memory of their own
 COPIES = NEW_COPIES | {"alias", "detach_", "with_sharding_constraint"}
 ALIASES = frozenset({"alias", "detach"})
-LIKE_ANOTHER = frozenset({"expand_as", "view_as", "reshape_as"})  # whose second tensor lends its shape alone
+LIKE_ANOTHER = frozenset({"expand_as", "view_as", "reshape_as"})  # of whose second tensor only the shape is used
 CLAMPS = frozenset({"clamp", "clamp_min", "maximum"})
 RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
                       "reshape_as"})
@@ -46,7 +46,7 @@ EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to"})
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 ONE_SLICE = frozenset({"select", "slice", "narrow"})
 SLICES = ONE_SLICE | frozenset({"chunk", "split", "tensor_split", "split_with_sizes", "unbind", "getitem"})
-SEVERAL_RESULTS = SLICES | {"max", "getattr", "size"}  # which may not be one tensor
+SEVERAL_RESULTS = SLICES | {"max", "getattr", "size"}  # which may not be a single tensor
 # Slices of a tensor with other values in their place, as new tensors.
 SLICE_SCATTERS = frozenset({"select_scatter", "slice_scatter"})
 PERMUTES = frozenset({"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT"})
@@ -73,7 +73,7 @@ NORMS = RMS_NORMS | LAYER_NORMS | GROUP_NORMS | frozenset({
     "LayerNorm", "RMSNorm", "normalize", "fused_layer_norm",
 })
 BATCH_NORMS = frozenset({"batch_norm", "_native_batch_norm_legit", "BatchNorm1d", "BatchNorm2d", "SyncBatchNorm"})
-# Norms and maps that take the last dimension of their first argument for features.
+# Norms and maps that treat the last dimension of their first argument as features.
 OF_THE_LAST_DIMENSION = LAYER_NORMS | {"rms_norm", "LayerNorm", "RMSNorm", "linear", "Linear"}
 # What a norm over the last dimension may be spelled with.
 NORM_STEPS = ADDITIONS | SUBTRACTIONS | MULTIPLICATIONS | DIVISIONS | CASTS | COPIES | RMS_NORMS | LAYER_NORMS | frozenset({
@@ -103,19 +103,19 @@ CREATIONS = frozenset({"zeros", "new_zeros", "empty", "new_empty", "zeros_like",
 CONSTANTS = CREATIONS | {"tensor", "scalar_tensor", "arange"}
 # Where operations that make a tensor take the number that it is filled with; their other numbers are sizes.
 FILLS = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0}
-# Operations that are told a shape.
+# Operations that take a shape.
 SHAPED = frozenset({"view", "reshape", "expand", "unflatten", "zeros", "new_zeros", "empty", "new_empty", "full", "new_full",
                     "ones", "new_ones", "broadcast_to"})
-# Operations that put other values in the place of a part of a tensor.
+# Operations that replace a part of a tensor by other values.
 WRITES = SLICE_SCATTERS | frozenset({
     "setitem", "index_put", "index_put_", "masked_scatter", "masked_scatter_", "scatter", "scatter_", "index_copy",
     "index_copy_", "copy_"})
 INDEXED_WRITES = frozenset({"setitem", "index_put", "index_put_"})
 # Operations that add to some rows of a tensor, and where they take the factor.
 SCATTERED_ADDITIONS = {"index_add": 4, "index_add_": 4, "scatter_add": 4, "scatter_add_": 4}
-# Of what these functional collectives return, every process has a part of its own.
+# After these functional collectives every process has a part of its own.
 SCATTERING_COLLECTIVES = frozenset({"reduce_scatter_tensor", "reduce_scatter_tensor_coalesced", "all_to_all_single"})
-# Operators of operators that change nothing they are given. (What they would change is copied first.)
+# Higher-order operators that do not change their arguments. (What they would change is copied first.)
 PURE_OPERATORS = frozenset({
     "cond", "while_loop", "scan", "associative_scan", "map_impl", "invoke_subgraph", "flex_attention",
     "flex_attention_backward", "auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional"})
@@ -127,7 +127,7 @@ STATE_UPDATES: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
 }
 # Activation checkpointing, before its body is inlined.
 CHECKPOINT = "tag_activation_checkpoint"
-# What is made in the likeness of a tensor, or tells its shape, without reading its values.
+# What is made like a tensor, or returns its shape, without reading its values.
 LIKENESSES = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
                         "new_ones", "new_full", "new_empty", "size", "sym_size", "dim"})
 
@@ -191,7 +191,7 @@ def bodies_of(node: fx.Node) -> list[fx.GraphModule]:
 
 
 def has_one_reader(node: fx.Node) -> bool:
-    """Whether exactly one node reads the values of ``node``, others at most its shape."""
+    """Whether exactly one node reads the values of ``node``; others may read its shape."""
     readers = (user for user in node.users if len(node.users) == 1 or op_name(user) not in LIKENESSES)
     return next(readers, None) is not None and next(readers, None) is None
 
@@ -199,7 +199,7 @@ def has_one_reader(node: fx.Node) -> bool:
 def is_active_dropout(node: fx.Node) -> bool:
     """Whether ``node`` is a dropout that changes values in the mode the graph was traced in.
 
-    A leaf module that a graph calls looks at its mode at every call, so that it is active whatever its mode is now.
+    A leaf module looks at its mode at every call, so it counts as active whatever its mode is now.
     """
     if op_name(node) not in DROPOUTS:
         return False
@@ -212,7 +212,8 @@ def is_active_dropout(node: fx.Node) -> bool:
 
 
 def passed_through(node: Any) -> fx.Node | None:
-    """The one tensor that ``node`` hands on unchanged but for dtype, shape or layout; None if it is no pass-through."""
+    """The one tensor that ``node`` hands on, unchanged except in dtype, shape or layout; None if it is not a
+    pass-through."""
     if not isinstance(node, fx.Node):
         return None
     name = op_name(node)

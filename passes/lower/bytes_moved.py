@@ -4,9 +4,9 @@ A group of consecutive reads whose sources begin alike can be read in two phases
 prefix once for all of them and writes one row each, phase 2 reads that row back with the sources that came later. Groups
 need not be the blocks of the model: in Full Attention Residuals every read begins with all sources of the one before.
 
-Counted are rows that have to come from and go to memory, per token, and what belongs to no token (queries and gains)
-divided by the number of tokens. In training the backward is counted with the forward: every source is read again, every
-gradient written by each read and read once more where they are summed, and rows of phase 1 are kept for phase 2's backward.
+Counted are rows that have to come from and go to memory, per token, and queries and gains, divided by the number of tokens.
+In training the backward is counted with the forward: every source is read again, every gradient written by each read and
+read once more where they are summed, and rows of phase 1 are kept for phase 2's backward.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dataclasses import dataclass
 
 from attnres_fx.runtime.triton.configs import queries_per_sweep
 
-# Phase 1 keeps a sum a query; beyond so many queries they leave the first-level cache of a CPU at common widths.
+# Phase 1 keeps one sum per query; beyond this many queries they leave the first-level cache of a CPU at common widths.
 MOST_QUERIES = 32
-# Bytes held against a one-pass read that make a group of anything that has a source in common.
+# A penalty in bytes on a one-pass read that groups all reads with a source in common.
 PREFER_TWO_PHASES = 1e15
 _STATISTICS = 4  # bytes of a log-sum-exp, and of an element of a query
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a schedule is made for: ``tokens`` a call, bytes of an element, and how many queries one sweep can serve."""
+    """What a schedule is made for: ``tokens`` per call, bytes per element, and how many queries one sweep can serve."""
 
     width: int
     element: int
@@ -75,7 +75,7 @@ class Group:
 
 
 def one_pass(sources: int, machine: Machine) -> float:
-    """Bytes per token of a read of so many sources in one pass.
+    """Bytes per token of a read of this many sources in one pass.
 
     Training: the sources and the incoming gradient are read again, a gradient row for each source is written and read.
     """
@@ -111,9 +111,10 @@ def schedule(
     """The groups of consecutive reads that move fewest bytes, each read by its list of sources.
 
     ``joinable(first, later)`` may keep a later read out of a group that starts at ``first`` (and all reads after it).
-    ``penalty`` bytes are held against every one-pass read; a large one groups whatever can be grouped.
-    ``most`` is the query tile: no group has more reads, so that its phase 1 leaves no more rows. 1 is one pass throughout.
-    Every read is in exactly one group; a group of one read is one-pass. Linear in the reads but for their sources.
+    ``penalty`` bytes are added to every one-pass read; a large one groups whatever can be grouped.
+    ``most`` is the query tile: no group has more reads, so its phase 1 leaves at most as many rows. 1 is one pass
+    throughout. Every read is in exactly one group; a group of one read is one-pass. Linear in the number of reads, apart
+    from their sources.
     """
     best: list[float] = [0.0]
     chosen: list[Group] = []

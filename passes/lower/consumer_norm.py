@@ -89,7 +89,7 @@ def _reached(mix: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
 def _is_step(node: fx.Node, inside: set[fx.Node], width: int) -> bool:
     if node.op not in ("call_function", "call_method") or op_name(node) not in NORM_STEPS or is_mutation(node):
         return False
-    # A number that a call decides (an eps that changes) is not the operator's to fix.
+    # A number that a call decides (an eps that changes) must not be fixed in the operator.
     return all(source in inside or _is_vector(source, width) for source in node.all_input_nodes)
 
 
@@ -117,7 +117,7 @@ def _confirmed(mix: fx.Node, region: Sequence[fx.Node]) -> ConsumerNorm | None:
     vectors = list(dict.fromkeys(source for node in region for source in node.all_input_nodes
                                  if source not in inside and _is_vector(source, width)))
     if len(vectors) > 2 or (value_of(mix).dtype == torch.float64 and any(op_name(node) in CASTS for node in region)):
-        # A float64 model that norms in float32 is not to be computed any other way.
+        # A float64 model that norms in float32 must not be computed any other way.
         return None
     with plain_torch(), torch.no_grad():
         rows, values = _probe(value_of(mix).dim(), width, len(vectors))

@@ -1,8 +1,8 @@
 """Fuse: the addition that completes a partial sum, the mix, and the norm that alone reads it, as one node.
 
 Matches: an ``attnres::mix`` of one query, or an ``attnres::mix_phase2``, whose only reader is an RMSNorm or LayerNorm; with
-the addition that made its last source where nobody reads that before. Replaces with: one ``attnres::mix_norm``. Its backward
-computes the mix again, so that neither the mix nor the norm has to be kept for it.
+the addition that made its last source where nothing reads that before. Replaces with: one ``attnres::mix_norm``. Its
+backward computes the mix again, so neither the mix nor the norm has to be kept for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from attnres_fx.runtime.phases import PHASE2
 
 FUSIONS = ("auto", "always", "never")
 
-# What decides how the nodes behind it are run: nothing may cross it.
+# Nodes that decide how later nodes run: nothing may cross them.
 _BORDERS = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
 
 
@@ -120,14 +120,14 @@ def _safe(fusion: Fusion, order: dict[fx.Node, int], borders: Sequence[int], kno
     read = [*fusion.sources, *(fusion.early or ()), *fusion.parameters, fusion.norm.weight, fusion.norm.bias]
     if fusion.addition is not None:
         read += fusion.addition.all_input_nodes
-    # What the norm makes is changed by nobody before it is complete, nor is what it is made from.
+    # Nothing changes what the norm makes before it is complete, nor what it is made from.
     return not any(first < place < last for place in changes_near([*read, fusion.mix, *fusion.norm.region], order, known))
 
 
 def _replace(fusion: Fusion) -> None:
-    """Put the fused node in the place of its parts."""
+    """Replace the parts by the fused node."""
     mix, norm, graph = fusion.mix, fusion.norm, fusion.mix.graph
-    # Its sources may have become parts of fused nodes themselves.
+    # Its sources may have become part of fused nodes themselves.
     sources, delta = list(argument(mix, 0 if fusion.early is None else 2, "sources")), None
     if fusion.addition is not None:
         added = addition_of(fusion.addition)
@@ -140,13 +140,13 @@ def _replace(fusion: Fusion) -> None:
         normed = insert_call(graph, operator.getitem, (made, 0), like=norm.node, value=value_of(norm.node))
         keep_tags(mix, made)
         if fusion.addition is not None:
-            known = value_of(fusion.addition)  # of any strides, where the sum is one of a fused node contiguous
+            known = value_of(fusion.addition)  # of any strides, while a fused node's is contiguous
             partial = insert_call(graph, operator.getitem, (made, 1), like=fusion.addition,
                                   value=known if is_contiguous(known) else None,
                                   record=record_of(fusion.addition))
             fusion.addition.replace_all_uses_with(partial, delete_user_cb=lambda user: user is not mix)
     norm.node.replace_all_uses_with(normed)
-    # Who asks for the shape, or for zeros alike, may do so before the norm: a source has that shape, too.
+    # Nodes that only need the mix's shape (size, zeros_like) may stand before the norm: let them read a source.
     mix.replace_all_uses_with(sources[0], delete_user_cb=lambda user: op_name(user) in LIKENESSES)
     for node in reversed((mix, *norm.region)):
         graph.erase_node(node)

@@ -1,8 +1,8 @@
-"""Recomputation: what checkpointed layers are told, and when it means nothing.
+"""Recomputation: drop the tags of checkpointed layers where they mean nothing.
 
 Matches: nodes of inlined checkpointed bodies, in a graph without a backward. Replaces with: the same nodes without their
-tags. A call without a backward recomputes nothing, and AOTAutograd would ask for the state of every random operator in such
-a layer.
+tags. A call without a backward recomputes nothing, but AOTAutograd would save the state of every random operator in such a
+layer.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ def forget_recomputation(graph: fx.Graph, context: Context) -> int:
 
 
 def holds_checkpoint(graph: fx.Graph) -> bool:
-    """Whether ``graph`` holds a checkpointed body, or nodes of an inlined one."""
+    """Whether ``graph`` has a checkpointed body, or nodes of an inlined one."""
     return any(op_name(node) == CHECKPOINT or "ac_graph_id" in node.meta for node in graph.nodes)

@@ -2,8 +2,8 @@
 
 Works on the joint graph of AOTAutograd, before its partitioner. Matches: an ``attnres::mix_norm_backward`` whose
 ``attnres::mix_norm`` stands in the graph, and what reads the norm of the latter in the backward and could wait for its end
-(the gradient of a linear layer's weight). Replaces with: the norm that the backward hands out. So a layer keeps
-its partial sum, and neither its mix nor its norm.
+(the gradient of a linear layer's weight). Replaces with: the norm that the backward hands out. So a layer keeps only its
+partial sum, not its mix or its norm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from attnres_fx.runtime.operators import VARIANTS, operator_of
 
 _FORWARD = {operator_of("mix_norm", variant): operator_of("mix_norm_backward", variant) for variant in VARIANTS}
 _BACKWARD = frozenset(_FORWARD.values())
-# A reader with more than so many operations behind it is left where it is.
+# A reader with more than this many operations behind it is left where it is.
 _MOST_WAITING = 64
 _VIEWS = (RESHAPES | PERMUTES | COPIES) - NEW_COPIES
 
@@ -100,7 +100,7 @@ def _reread(forward: fx.Node, backward: fx.Node) -> bool:
 
 
 def _readers(node: fx.Node, chain: tuple[fx.Node, ...]) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
-    """Who reads the values of ``node``, and by which views."""
+    """The nodes that read the values of ``node``, and the views they do so by."""
     for user in list(node.users):
         if op_name(user) in _VIEWS and user.args and user.args[0] is node:
             yield from _readers(user, (*chain, user))

@@ -1,9 +1,9 @@
 """Schedule: read sources that consecutive mixes have in common once, in two phases (Algorithm 1), where that pays.
 
 Matches: ``attnres::mix`` nodes of one query whose lists of sources begin alike. Replaces with: one ``attnres::mix_phase1``
-over the common sources for all their queries, and one ``attnres::mix_phase2`` a mix over its own later sources. Which mixes
-are grouped is decided by :mod:`attnres_fx.passes.lower.bytes_moved`, where they wait for memory at all; the blocks of the
-model play no part in it.
+over the common sources for all their queries, and one ``attnres::mix_phase2`` per mix over its own later sources. Which
+mixes are grouped is decided by :mod:`attnres_fx.passes.lower.bytes_moved`, where they are limited by memory at all; the
+blocks of the model play no part in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from attnres_fx.runtime.phases import PHASE1, PHASE2
 aten = torch.ops.aten
 
 SCHEDULES = ("auto", "one-pass", "two-phase")
-# The last-level cache is shared by many cores, and by what the layers themselves read: so many take a part of it.
+# The last-level cache is shared by many cores, and by what the layers themselves read: the share of it that is counted on.
 _SHARERS = 8
 
 
@@ -93,7 +93,7 @@ def schedule_mixes(graph: fx.Graph, context: Context) -> int:
 def families(graph: fx.Graph) -> list[list[Read]]:
     """The mixes of one query in graph order, those together that can share a phase 1."""
     found: dict[tuple[Any, ...], list[Read]] = {}
-    recorded: Any = None  # what autograd was last told in the graph
+    recorded: Any = None  # the last switch of autograd in the graph
     level = 0  # a phase 1 for mixes on both sides of a transform's border would be of neither
     for node in graph.nodes:
         name = op_name(node)
@@ -109,7 +109,7 @@ def families(graph: fx.Graph) -> list[list[Read]]:
 
 
 def machine_of(read: Read, training: bool) -> Machine:
-    """What the bytes of a family are counted for: its traced sizes, and the queries that one sweep serves on its device."""
+    """What the bytes of a family are counted with: its traced sizes, and the queries that one sweep serves on its device."""
     value = value_of(read.node)
     width = int(hinted(value.shape[-1]))
     tokens = 1.0
@@ -120,7 +120,7 @@ def machine_of(read: Read, training: bool) -> Machine:
 
 
 def _waits_for_memory(reads: Sequence[Read], machine: Machine) -> bool:
-    """Whether bytes are what the reads take their time for.
+    """Whether the time of the reads is decided by bytes.
 
     On the CPU they are not where all sources stay in a share of the last-level cache, nor for elements of two bytes,
     which take as long to widen as to fetch (measured: benchmarks/NOTES.md). On GPUs a training step moves more in two
@@ -135,7 +135,7 @@ def _waits_for_memory(reads: Sequence[Read], machine: Machine) -> bool:
 
 @functools.cache
 def last_level_cache() -> int:
-    """Bytes of the CPU's last-level cache, 32 MiB where the system does not tell."""
+    """Bytes of the CPU's last-level cache, 32 MiB if the system does not report it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text(encoding="ascii").strip()
@@ -157,7 +157,7 @@ def _read(node: fx.Node) -> Read | None:
 
 
 def _split(reads: Sequence[Read], moved: Sequence[list[fx.Node] | None], prefix: int) -> None:
-    """Put the two phases in the place of a group of mixes."""
+    """Replace a group of mixes by the two phases."""
     first = reads[0]
     graph, like = first.node.graph, first.node
     queries = len(reads)

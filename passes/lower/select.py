@@ -1,9 +1,9 @@
-"""Select: put the wished kernels behind the mixes of a rewritten graph.
+"""Select: put the requested kernels behind the mixes of a rewritten graph.
 
 Matches: ``attnres::mix`` nodes, the two phases and ``attnres::mix_norm``. Replaces with: the operator that always runs the
-named implementation, where one is named. "auto" and "native" leave the operators that choose by device
-when they run; "native" makes sure what they will choose.
-The last pass: others need not know the operators.
+named implementation, where one is named. "auto" and "native" leave the operators that choose by device when they run;
+"native" checks what they will choose.
+The last pass: other passes need not know these operators.
 """
 
 from __future__ import annotations

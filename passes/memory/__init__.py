@@ -1,1 +1,1 @@
-"""The rows that mixes read: how long each lives, where it lies, how many fit into a budget."""
+"""The rows that mixes read: how long each lives, where it is placed, how many fit into a budget."""

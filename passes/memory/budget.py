@@ -1,8 +1,8 @@
-"""Budget: the query tile of phase 1 with which the rows of attention residuals fit into so many bytes. Pure.
+"""Budget: the query tile of phase 1 with which the rows of attention residuals fit into a number of bytes. Pure.
 
-Blocks and layers a block are the model's meaning and stay as they are. What can give is how many queries phase 1 serves at
-once: it leaves a row for each until phase 2 takes it. Fewer at once hold fewer rows and may read the blocks more often; with
-one, every mix is read in one pass, and there is no phase 1.
+The blocks and the layers per block are part of the model's definition and never change. What can change is how many queries
+phase 1 serves at once: it leaves a row for each until phase 2 takes it. Fewer at once need fewer rows and may read the
+blocks more often; with one, every mix is read in one pass, without a phase 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from attnres_fx.runtime.errors import MemoryBudgetError, OptionError
 
 Candidate = TypeVar("Candidate")
 
-# Query tiles that are tried; those between would move and hold hardly anything else.
+# Query tiles that are tried; those between would make hardly any difference.
 TILES = (MOST_QUERIES, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 _UNITS = {"b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(b|([kmgt]i?)b?)\s*", re.IGNORECASE)
@@ -38,7 +38,7 @@ _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(b|([kmgt]i?)b?)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Setting:
-    """What a memory plan is made for: tokens of a call on one device, bytes of an element, and how mixes are read.
+    """What a memory plan is made for: tokens of a call on one device, bytes per element, and how mixes are read.
 
     ``schedule``: "auto", by bytes moved on a GPU; "one-pass"; "two-phase", wherever mixes have sources in common.
     ``keep_mixes``: in training, mixes are kept for the backward and not recomputed.
@@ -53,9 +53,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """A memory plan: what it was made for, the tile (most queries of one phase 1; 1 is one pass), and what came of it.
+    """A memory plan: what it was made for, the tile (most queries of one phase 1; 1 is one pass), and the result.
 
-    ``moved``: bytes that the mixes move, per token of each stream; nan where nobody counted.
+    ``moved``: bytes that the mixes move, per token of each stream; nan if they were not counted.
     """
 
     setting: Setting
@@ -93,7 +93,7 @@ def bytes_text(count: float) -> str:
 
 
 def tokens_per_device(tokens: int, chunk: int | None = None, devices: int = 1) -> int:
-    """Tokens of one call on each of the devices that share its sequence, where prompts are read in chunks of so many."""
+    """Tokens of one call on each of the devices that share its sequence, where prompts are read in chunks."""
     return math.ceil(min(tokens, chunk or tokens) / devices)
 
 
@@ -106,11 +106,11 @@ def tilings(plans: Sequence[StreamPlan], setting: Setting) -> list[Choice]:
 
 
 def choose_tile(choices: Sequence[Choice], budget: int | None = None) -> Choice:
-    """The plan that moves fewest bytes of those whose peak is at most ``budget`` bytes; of equals the one that holds least.
+    """The plan that moves fewest bytes of those whose peak is at most ``budget`` bytes; of equals the lowest peak.
 
-    Where two phases are wished, one pass is chosen only if nothing else fits.
+    If two phases are requested, one pass is chosen only if nothing else fits.
 
-    Raises: MemoryBudgetError, which says the least that would do, if none fits.
+    Raises: MemoryBudgetError, which states the smallest budget that would do, if none fits.
     """
     ordered = sorted(choices, key=lambda choice: (
         choice.setting.schedule == "two-phase" and choice.tile == 1, round(choice.moved), choice.layout.arena))

@@ -1,6 +1,6 @@
 """Check a layout against the definition: no two buffers that live at the same time share a byte. Analysis; pure.
 
-Written apart from the planner, :mod:`attnres_fx.passes.memory.layout`, and from the buffers' lifetimes alone, so that
+Written independently of the planner, :mod:`attnres_fx.passes.memory.layout`, and from the buffers' lifetimes alone, so that
 neither can hide a fault of the other.
 """
 
@@ -23,23 +23,23 @@ def check_layout(layout: Layout) -> None:
     for place in placed:
         name, over = place.buffer.name, place.buffer.over
         if place.offset % ALIGNMENT:
-            raise LayoutError(f"buffer '{name}' begins at byte {place.offset}, which is no multiple of {ALIGNMENT}",
-                              remedy="plan the layout anew")
+            raise LayoutError(f"buffer '{name}' begins at byte {place.offset}, which is not a multiple of {ALIGNMENT}",
+                              remedy="plan the layout again")
         if place.offset < 0 or place.offset + place.size > layout.arena:
             raise LayoutError(f"buffer '{name}' at bytes {place.offset} to {place.offset + place.size} lies outside of the "
-                              f"arena of {layout.arena} bytes", remedy="plan the layout anew")
+                              f"arena of {layout.arena} bytes", remedy="plan the layout again")
         if over is not None:
             taken = by_name[over]
             if taken.offset != place.offset or taken.buffer.last + 1 != place.buffer.first:
                 raise LayoutError(f"{_told(place)} takes over the bytes of {_told(taken)}, and does not follow it there",
-                                  remedy="plan the layout anew")
+                                  remedy="plan the layout again")
     living: list[Placement] = []
     for later in sorted(placed, key=lambda place: place.buffer.first):
         living = [place for place in living if place.buffer.last >= later.buffer.first]
         for earlier in living:
             if earlier.offset < later.offset + later.size and later.offset < earlier.offset + earlier.size:
                 raise LayoutError(f"{_told(earlier)} and {_told(later)} share bytes while both are in use",
-                                  remedy="plan the layout anew")
+                                  remedy="plan the layout again")
         living.append(later)
 
 

@@ -1,8 +1,8 @@
 """Check an arena against the graph that uses it: every read finds the row that it was meant to find. Analysis; pure.
 
-Written apart from :mod:`attnres_fx.passes.memory.rows`, which decides what is placed, and from the planner: it follows the
-graph as it runs, and knows of each byte which row was written there last. Inductor computes what it does not store where the
-result is needed; so whatever is made of a row, views and values alike, stands for a read of it there.
+Written independently of :mod:`attnres_fx.passes.memory.rows`, which decides what is placed, and of the planner: it follows
+the graph as it runs, and knows for each byte which row was written there last. Inductor computes what it does not store
+where the result is needed, so whatever is made of a row, views and values alike, counts as a read of it there.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _place(view: fx.Node, memory: fx.Node) -> _Place:
     place = _Place(memory, int(hinted(value.storage_offset())), int(hinted(value.storage_offset() + value.numel())))
     if view.target is not torch.ops.aten.as_strided.default or not is_contiguous(value) or value.dtype != whole.dtype or (
             place.stop > int(hinted(whole.numel()))):
-        raise LayoutError(f"'{view.name}' is no row within '{memory.name}'", remedy=_REMEDY)
+        raise LayoutError(f"'{view.name}' is not a row within '{memory.name}'", remedy=_REMEDY)
     return place
 
 
@@ -133,6 +133,6 @@ def _made_of(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _returns_memory(node: fx.Node) -> bool:
-    """Whether the result of an operator may share memory with what it is given."""
+    """Whether the result of an operator may share memory with its arguments."""
     return isinstance(node.target, OpOverload) and any(
         returned.alias_info is not None for returned in schema_of(node.target).returns)

@@ -1,9 +1,8 @@
 """Layout: a place in one arena for every buffer, so that buffers which live at different times share bytes. Pure.
 
-Buffers that take bytes over in place are placed as one. Rows of one size are placed by colouring their lifetimes in the
-order in which they start, which for intervals is optimal. Mixed sizes are placed by best fit (the smallest gap between what
-is in use meanwhile) in several orders, of which the best is taken. Several streams share the arena: lifetimes are all that
-counts.
+Buffers that take over bytes in place are placed as one. Rows of one size are placed by colouring their lifetimes in the
+order in which they start, which is optimal for intervals. Mixed sizes are placed by best fit (the smallest gap between what
+is in use meanwhile) in several orders, of which the best is taken. Several streams share the arena: only lifetimes count.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ class Layout:
 
     @property
     def ratio(self) -> float:
-        """The planned peak against its lower bound; 1 is the best there is."""
+        """The planned peak against its lower bound; 1 is the best possible."""
         return self.arena / self.lower_bound if self.lower_bound else 1.0
 
     @property
     def fragmentation(self) -> float:
-        """The part of the arena that is not in use when most is."""
+        """The part of the arena that is unused when the most is in use."""
         return 1 - self.lower_bound / self.arena if self.arena else 0.0
 
     @property
@@ -70,7 +69,7 @@ class _Storage:
 
 
 def plan_layout(buffers: Sequence[Buffer], tokens: Tokens) -> Layout:
-    """Place ``buffers`` for so many tokens (one number for all streams, or by the name that each buffer gives)."""
+    """Place ``buffers`` for these numbers of tokens (one for all streams, or by the name that each buffer gives)."""
     heads, storages = _storages(buffers, tokens)
     offsets = _place(storages)
     arena = max((offset + storage.size for offset, storage in zip(offsets, storages)), default=0)

@@ -1,4 +1,4 @@
-"""Lifetimes: when each row that attention residuals hold is first and last used. Analysis; pure.
+"""Lifetimes: when each row of attention residuals is first and last used. Analysis; pure.
 
 A pass over a list of steps, in graph order, that says what each reads and writes;
 :mod:`attnres_fx.passes.memory.steps` makes it from a scheduled graph or from the plans of streams alone. In training the
@@ -7,7 +7,7 @@ backward follows in reverse, one step for each. What the layers themselves alloc
 In inference a sum is formed in place: the bytes of the partial sum become those of the next one, and at last of the block.
 In training each partial sum is a source that the backward of its mix reads again; mixes, or their norms, are computed again
 there. A gradient row exists from the backward of the value's last reader, accumulates in place, and ends where the value was
-made; that of a sum goes on as that of its earlier part.
+made; the gradient of a sum continues as that of its earlier part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NORMED = "norm of a mix"
 GRADIENT, AGAIN = "gradient of ", " again"  # what the backward writes: gradients, and mixes computed again
 KINDS = (BLOCK, PARTIAL, PHASE1_ROW, LOG_SUM_EXP, MIXED, NORMED)
 # Roles of steps: a sum continues a partial sum; a mix is one, or a phase of one, or one fused with its sum and its norm; a
-# scale multiplies by a constant; a reader is whatever else reads or makes a value: layers, the output.
+# scale multiplies by a constant; a reader is anything else that reads or makes a value: layers, the output.
 SUM, MIX, SCALE, READER = "sum", "mix", "scale", "reader"
 
 Tokens = int | Mapping[str, int]
@@ -28,7 +28,7 @@ Tokens = int | Mapping[str, int]
 
 @dataclass(frozen=True)
 class Value:
-    """A row a token (or a statistic a token) that a step writes: ``bytes_per_token`` bytes for each of ``tokens`` tokens.
+    """A row (or a statistic) per token that a step writes: ``bytes_per_token`` bytes for each of ``tokens`` tokens.
 
     ``tokens`` is the name of a number that a call decides, as "T", or an expression of a symbolic trace.
     """

@@ -1,11 +1,11 @@
-"""Arena: give the rows of attention residuals places in planned memory, and let their makers write them there.
+"""Arena: give the rows of attention residuals places in planned memory, and have their makers write them there.
 
-Works on a graph after AOTAutograd, in place. Matches: mixes, their phases, mixes with their norms, and, where they make a
-source of one, products of matrices and loops over elements, whose rows may lie anywhere by
-:mod:`attnres_fx.passes.memory.rows`. Replaces with: one piece of memory a dtype (of one call without a backward, the arena
-that a pool lends; of a training step, memory that autograd frees with what it keeps), views of it at the planned offsets,
-and the operators that write into them. Nothing is copied: readers read the views. Inductor keeps the order of what writes
-and what reads the same memory, so the plan holds in whatever order it runs the rest.
+Works on a graph after AOTAutograd, in place. Matches: mixes, their phases and mixes with their norms; also matrix products
+and loops over elements that make a source of a mix. :mod:`attnres_fx.passes.memory.rows` decides which of their rows may be
+placed. Replaces with: one piece of memory per dtype, views of it at the planned offsets, and the operators that write into
+them. In a call without a backward this memory is the arena that a pool lends; in a training step autograd frees it with what
+it keeps. Nothing is copied: readers read the views. Inductor keeps the order of what writes and what reads the same memory,
+so the plan holds in whatever order it runs the rest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def place_rows(graph: fx.Graph, context: Context) -> int:
     """Run the pass in place; returns the number of rows that have a place.
 
     In a call without a backward rows share the bytes of one arena, which a pool may lend for it. In the forward of a
-    training step the blocks that are kept for its backward lie in one piece of memory.
+    training step, the blocks that are kept for its backward share one piece of memory.
     """
     if context.returned is None:
         return _place(graph, rows_of_call(graph), _leased)
@@ -121,7 +121,7 @@ def _as_traced(arena: Arena) -> Layout:
 
 
 def _floors(groups: Sequence[list[Row]]) -> list[list[list[Row]]]:
-    """The groups one above the other; on one floor what lives at different times, be it a part of a group."""
+    """The groups one above the other; on one level, what lives at different times, even if it is only part of a group."""
     floors: list[list[list[Row]]] = []
     for group in sorted(groups, key=lambda rows: -int(hinted(rows[0].value.numel()))):
         rest = _chains(group)
@@ -139,7 +139,7 @@ def _floors(groups: Sequence[list[Row]]) -> list[list[list[Row]]]:
 
 
 def _chains(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that take each other's memory over, in the order in which they are made."""
+    """Rows that take over each other's memory, in the order in which they are made."""
     chains: dict[fx.Node | None, list[Row]] = {}
     found: list[list[Row]] = []
     for row in rows:
@@ -159,14 +159,14 @@ def _overlap(some: Sequence[Row], others: Sequence[Row]) -> bool:
 
 
 def _layout(rows: Sequence[Row], sizes: Sequence[int]) -> Layout:
-    """A checked layout of rows of so many bytes each."""
+    """A checked layout of rows of these sizes in bytes."""
     layout = plan_layout(_buffers(rows, sizes), 1)
     check_layout(layout)
     return layout
 
 
 def _buffers(rows: Sequence[Row], sizes: Sequence[int]) -> list[Buffer]:
-    """Rows of so many bytes each as the planner knows them. What a row is completed over ends at the step before."""
+    """Rows of these sizes in bytes, in the form the planner takes. What a row is completed over ends at the step before."""
     ends = {row.over: row.first - 1 for row in rows if row.over is not None}
     names = {row.node: row.name for row in rows}
     return [
@@ -238,7 +238,7 @@ def _valued(node: fx.Node, like: torch.Tensor, compute: Callable[[], torch.Tenso
 
 
 def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node], number: Numbers) -> None:
-    """Let an operator that writes into ``views`` take the place of ``maker``; other results get memory of their own."""
+    """Replace ``maker`` by an operator that writes into ``views``; other results get memory of their own."""
     value = value_of(maker)
     if isinstance(value, torch.Tensor):
         results = [views[None]]
@@ -251,7 +251,7 @@ def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node
     written = _outputs(_WRITES[operator], results)
     call = graph.call_function(_WRITES[operator], maker.args, {**defaults, **maker.kwargs, **written})
     call.meta = {**maker.meta, "val": None}
-    # The strides that Inductor must keep: torch's own operators are not held to them, ours are.
+    # The strides that Inductor must keep: only our operators require them, torch's own do not.
     args, kwargs = maker.meta.get("eager_input_vals", fx.map_arg((maker.args, dict(maker.kwargs)), value_of))
     call.meta["eager_input_vals"] = args, {**defaults, **kwargs, **fx.map_arg(written, value_of)}
     if isinstance(value, torch.Tensor):
@@ -265,7 +265,7 @@ def _write_into(graph: fx.Graph, maker: fx.Node, views: dict[int | None, fx.Node
 
 
 def _outputs(operator: Any, results: Sequence[fx.Node]) -> dict[str, Any]:
-    """The results as the arguments that ``operator`` writes: one each, or where it takes lists, evenly divided."""
+    """The results as the arguments that ``operator`` writes: one each, or evenly divided where it takes lists."""
     given = [argument for argument in schema_of(operator).arguments if argument.alias_info is not None]
     if isinstance(given[0].type, torch.ListType):
         count = len(results) // len(given)
@@ -274,7 +274,7 @@ def _outputs(operator: Any, results: Sequence[fx.Node]) -> dict[str, Any]:
 
 
 def _move(graph: fx.Graph, maker: fx.Node, view: fx.Node) -> None:
-    """Let the loop that makes a row store it into ``view``: Inductor writes there at once what nobody else reads."""
+    """Let the loop that makes a row store it into ``view``: Inductor writes there at once what nothing else reads."""
     copied = graph.call_function(torch.ops.aten.copy_.default, (view, maker))
     copied.meta = {**maker.meta, "val": value_of(view)}
     maker.replace_all_uses_with(view, delete_user_cb=lambda user: user is not copied)

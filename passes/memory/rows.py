@@ -1,13 +1,13 @@
-"""Rows: what the operators of attention residuals write in a graph after AOTAutograd, how long, and where it may lie.
+"""Rows: what the operators of attention residuals write in a graph after AOTAutograd, how long, and where it may be placed.
 
-Analysis. Here the kernels are selected and next to nothing is changed in place, so that a row is in use from the node that
-makes it to the last moment at which something reads it. The rules, which :mod:`attnres_fx.passes.memory.check_places` checks
-again on the graph that comes of them, by a way of its own:
+Analysis. Here the kernels are selected and next to nothing is changed in place, so a row is in use from the node that makes
+it to the last node that reads it. The rules, which :mod:`attnres_fx.passes.memory.check_places` checks again, in its own
+way, on the resulting graph:
 
 1. A row fills its memory in the order of its elements (contiguous strides); no other layout is placed.
 2. Everything that shares its memory is a view whose place follows from the row's own (``as_strided`` names a place in the
-   memory, whoever owns it). Some operators become views though their schema does not say so.
-3. Readers surely change nothing and keep nothing: what a graph returns, or may change in place, is not placed.
+   memory, regardless of its owner). Some operators become views although their schema does not show it.
+3. Readers are known to change nothing and keep nothing: what a graph returns, or may change in place, is not placed.
 4. Inductor computes most operators where their result is needed, and there reads their inputs. A row is in use until the
    last place where something that is made of it in this way is needed.
 5. A sum takes the memory of the partial sum that it completes only where it reads it in the very order in which it writes.
@@ -41,7 +41,7 @@ _PHASE2 = frozenset(operator_of("mix_phase2", variant) for variant in VARIANTS)
 class Row:
     """A tensor that ``maker`` writes, as one of several results with the number ``index``, or as its own (None).
 
-    ``node`` is the tensor in the graph; None for a result that nobody takes. ``first`` and ``last`` number nodes.
+    ``node`` is the tensor in the graph; None for a result that no node takes. ``first`` and ``last`` number nodes.
     ``over`` is the node of the row whose last use is the addition that makes this one, and whose memory may become its own.
     """
 
@@ -59,7 +59,7 @@ class Row:
 
 
 def rows_of_call(graph: fx.Graph) -> list[Row]:
-    """The rows of a graph without a backward that nobody sees after the call, in the order in which they are made."""
+    """The rows of a graph without a backward that are not visible after the call, in the order in which they are made."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     found, needed = _rows(graph, order, returns=False)
     own = {row.node for row in found}
@@ -67,10 +67,10 @@ def rows_of_call(graph: fx.Graph) -> list[Row]:
 
 
 def rows_for_backward(graph: fx.Graph, returned: int) -> list[Row]:
-    """The rows of blocks that the forward of a training step keeps for its backward, and gives to nobody else.
+    """The rows of blocks that the forward of a training step keeps for its backward only.
 
     ``returned``: how many of the graph's outputs come before those that are kept. Partial sums are left out: the backward
-    is done with them one after the other, and with the blocks only at its end.
+    finishes with them one by one, but with the blocks only at its end.
     """
     outputs: Any = graph.output_node().args[0]
     order = {node: index for index, node in enumerate(graph.nodes)}
@@ -84,7 +84,7 @@ def rows_for_backward(graph: fx.Graph, returned: int) -> list[Row]:
 
 
 def _rows(graph: fx.Graph, order: dict[fx.Node, int], returns: bool) -> tuple[list[Row], dict[fx.Node, int]]:
-    """The rows that a graph makes, of sizes that its inputs tell, with ``returns`` also those that it returns; and
+    """The rows that a graph makes, of sizes that follow from its inputs, with ``returns`` also those that it returns; and
     :func:`needed_until`.
     """
     read, known = _read_by_mixes(graph), input_symbols(graph)
@@ -120,14 +120,14 @@ def _may_move(tensor: fx.Node, returns: bool) -> bool:
 
 
 def _names_its_place(view: fx.Node) -> bool:
-    """Whether a view is taken by its place in the memory, which is another one in an arena."""
+    """Whether a view is taken by its place in the memory, which differs in an arena."""
     return op_name(view).startswith("as_strided")
 
 
 def _only_reads(node: fx.Node, names: Collection[fx.Node]) -> bool:
-    """Whether ``node`` surely neither changes what it is given as one of ``names`` nor reads it later on. What Inductor has
-    a lowering of its own for, as for a convolution that adds to an input in place, may change it; a collective reads until
-    it is waited for; and what returns memory that it was given, but is no view that we know, may be read at any time.
+    """Whether ``node`` is known neither to change its arguments among ``names`` nor to read them later on. An operator with
+    an Inductor lowering of its own (a convolution that adds to an input in place) may change them; a collective reads until
+    it is waited for; memory that an operator returns again, other than as a known view, may be read at any time.
     """
     target = node.target
     if target is torch.ops.aten.copy_.default:
@@ -151,7 +151,7 @@ def _made_by(node: fx.Node, read: set[fx.Node]) -> list[tuple[int | None, fx.Nod
         return [(index, taken.get(index), each) for index, each in enumerate(value)]
     if node not in read or not isinstance(value, torch.Tensor):
         return []
-    # What one loop over elements makes can be written anywhere, and so can a product that nobody is to tune.
+    # What one loop over elements makes can be written anywhere, and so can a product that is not to be tuned.
     loop = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is torch.ops.aten.embedding.default
     product = node.target in PRODUCTS and not tunes_products()
     return [(None, node, value)] if (loop and orders_copies(value.device)) or product else []
@@ -168,7 +168,7 @@ def _over(row: Row, own: Collection[fx.Node | None], needed: dict[fx.Node, int])
     alike = (value_of(earlier).dtype == read.dtype == row.value.dtype and same_size(read.shape, row.value.shape)
              and same_size([value_of(earlier).numel()], [read.numel()]) and is_dense(read))
     once = sum(viewed_memory(node) is earlier for node in _given(row.maker)) == 1
-    # What else is made of it, and be it within the loop that adds, may read it in another order.
+    # Anything else made of it, even within the loop that adds, may read it in another order.
     others = readers_through_views(earlier)[0] - {row.maker}
     ends = all(needed[reader] < row.first for reader in others)
     return replace(row, over=earlier) if alike and once and ends else row
@@ -205,7 +205,7 @@ def _read_by_mixes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def is_dense(value: torch.Tensor) -> bool:
-    """Whether a tensor surely fills its memory without gaps, in the order of its elements, and has any."""
+    """Whether a tensor is known to be non-empty and to fill its memory without gaps, in the order of its elements."""
     strides: list[Any] = [1]
     for size in reversed(value.shape[1:]):
         strides.insert(0, strides[0] * size)

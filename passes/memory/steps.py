@@ -1,8 +1,8 @@
 """Steps: what a forward with attention residuals writes and reads, in order, from plans or from a graph. Analysis.
 
-Of a plan the steps are those that the rewrite and the schedule would make. Of a graph they are its own: mixes, phases,
-fused nodes and sums, and every node that makes or reads one of their rows. Memory that is not the arena's to give is left
-out: inputs of the graph, and what it returns.
+From plans, the steps are those that the rewrite and the schedule would make. From a graph, they are its mixes, phases, fused
+nodes and sums, and every node that makes or reads one of their rows. The inputs and outputs of the graph are left out, since
+their memory is not part of an arena.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ STATISTIC = 4  # bytes of a log-sum-exp, float32
 def steps_of_plans(plans: Sequence[StreamPlan], groups: Sequence[Sequence[Group]], element: int) -> tuple[Step, ...]:
     """The steps of a forward through the planned streams, one after the other, whose mixes are read in the given groups.
 
-    ``element``: bytes of an element of the streams. The number of tokens is called "T"; with several streams, which may
-    differ in it, "T_<stream>", and names of values begin with the stream's.
+    ``element``: bytes per element of the streams. The number of tokens is called "T"; with several streams, which may differ
+    in it, "T_<stream>", and names of values begin with the stream's name.
     """
     several = len(plans) > 1
     return tuple(step for plan, grouped in zip(plans, groups, strict=True)
@@ -93,7 +93,7 @@ def _steps_of_plan(
         elif plan.output_factor(position) != 1.0:
             yield Step(mixed.name, SCALE, (row,), (mixed,))
         else:
-            read = row  # what phase 1 left is the mix
+            read = row  # the result of phase 1 is the mix
     yield Step(f"{prefix}output", READER, (read,), (), (read,) if kept else ())
 
 
@@ -121,7 +121,7 @@ def steps_of_graph(gm: fx.GraphModule) -> tuple[tuple[Step, ...], dict[str, int]
                 step = replace(step, role=SUM)
             earlier = step.role == SUM and value.kind == PARTIAL
             reads = (value.name, *step.reads) if earlier else (*step.reads, value.name)
-            # A fused node saves the sum that it completes, and not the earlier part of it. Only mixes are fused with the
+            # A fused node saves the sum that it completes, not the earlier part of it. Only mixes are fused with the
             # norms that read them; a norm that reads another row keeps it.
             complete = value.kind in (BLOCK, PHASE1_ROW) or _role(owner) == SCALE
             saved = (step.role == MIX and _continued(user) is not owner) or (step.role == READER and complete)
@@ -167,7 +167,7 @@ def _values(graph: fx.Graph) -> tuple[dict[fx.Node, Value], dict[str, int]]:
 
 
 def _unread(node: fx.Node, like: Value) -> Iterator[Value]:
-    """What an operator of several results writes and no node takes: statistics of queries that have no later source, and
+    """Results of an operator with several results that no node takes: statistics of queries that have no later source, and
     the last block where it is completed in the mix at the output."""
     taken = {part.args[1] for part in node.users}
     results = value_of(node)
@@ -201,7 +201,7 @@ def _continued(node: fx.Node) -> fx.Node | None:
 
 
 def _is_summed(owner: fx.Node, owners: set[fx.Node]) -> bool:
-    """Whether a source goes on into a sum that is a source, too."""
+    """Whether a source is part of a later sum that is a source, too."""
     return any((user in owners and addition_of(user) is not None) or _continued(user) is owner
                for user in whole_readers(owner)[0])
 

@@ -1,9 +1,9 @@
-"""Encoder layers: replace torch's fused encoder layer by the operations that it stands for.
+"""Encoder layers: replace torch's fused encoder layer by the operations that it computes.
 
 Matches: ``_transformer_encoder_layer_fwd``, what ``torch.nn.TransformerEncoderLayer`` calls for both of its residual
 additions when it is in eval mode and nothing requires a gradient (its fast path). Replaces with: layer norms, linear maps,
-attention, activation and two additions, at the place of the layer in the model. In inference the layers of such an encoder
-are there to be seen, then, as they are in training.
+attention, activation and two additions, at the place of the layer in the model. The layers of such an encoder can then be
+found in inference as in training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnres_fx.passes.graph.vocabulary import argument, op_name
 
 aten: Any = torch.ops.aten
 
-# The arguments of the operator from its fourth on, all by place: weights and biases in pairs but for the three options.
+# The arguments of the operator from its fourth on, all positional: weights and biases in pairs, and three options.
 _NAMES = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu", "norm_first", "eps", "norm_weight_1",
           "norm_bias_1", "norm_weight_2", "norm_bias_2", "ffn_weight_1", "ffn_bias_1", "ffn_weight_2", "ffn_bias_2", "mask",
           "mask_type")
@@ -73,8 +73,8 @@ def _expanded(node: fx.Node) -> fx.Node:
 
 
 def _allowed(call: Any, mask: fx.Node, mask_type: int | None) -> fx.Node:
-    """Who may attend to whom, [B or 1, H or 1, T or 1, T]. The operator takes every entry that is not zero as forbidden,
-    and masks of queries (type 0, [T, T]), of keys (1, [B, T]) or of all (2, [B, H, T, T]).
+    """The mask that is true where attention is allowed, [B or 1, H or 1, T or 1, T]. The operator forbids every entry that
+    is not zero, and masks of queries (type 0, [T, T]), of keys (1, [B, T]) or of all (2, [B, H, T, T]).
     """
     allowed: fx.Node = call(aten.logical_not.default, mask)
     if mask_type == 1:

@@ -2,8 +2,8 @@
 
 Matches, where the target is a sum of two tensors: ``h[m] = h[m] + e`` for Boolean masks m and whole dimensions (also by
 ``index`` and ``index_put``), ``index_add``, ``scatter_add``, accumulating ``index_put``, ``where(m, h + e, h)``; in place
-where nobody knows the target by another name. Replaces with: ``h + t``, t being e in those rows and zero in the others. A
-write that does not add, or that another name sees, stays as it is; detection refuses it by name.
+where the target has no other name. Replaces with: ``h + t``, t being e in those rows and zero in the others. A write that
+does not add, or that is visible under another name, stays as it is; detection refuses it by name.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _replace(node: fx.Node, target: fx.Node, term: fx.Node, order: dict[fx.Node,
 
 
 def _like(target: fx.Node) -> fx.Node:
-    """A tensor of the shape and dtype of ``target``: a part of its sum, so that nobody seems to read the sum itself."""
+    """A tensor of the shape and dtype of ``target``: a part of its sum, so that nothing seems to read the sum itself."""
     found, whole = addition_of(base_of(target)), value_of(target)
     for part in (found.right, found.left) if found is not None else ():
         if value_of(part).dtype == whole.dtype and same_size(value_of(part).shape, whole.shape):
@@ -190,7 +190,7 @@ def _like(target: fx.Node) -> fx.Node:
 
 
 def _erase_unread(node: fx.Node) -> None:
-    """Take out what only the replaced write read: a sum of rows that nobody reads would look like an addition."""
+    """Remove what only the replaced write read: an unread sum of rows would look like an addition."""
     if node.users or addition_of(node) is None:
         return
     inputs = node.all_input_nodes
@@ -201,7 +201,7 @@ def _erase_unread(node: fx.Node) -> None:
         if not part.users:
             part.graph.erase_node(part)
         elif all(not isinstance(value_of(user), torch.Tensor) for user in part.users):
-            # The tracer still asks how many rows there are: let it ask a tensor that is no value of the stream.
+            # The tracer still asks how many rows there are: let it ask a tensor that is not a value of the stream.
             source = part.args[0]
             assert isinstance(source, fx.Node)
             with part.graph.inserting_before(part):

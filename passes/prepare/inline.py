@@ -1,4 +1,4 @@
-"""Inline: bring the bodies of higher-order operators that hide layers into the graph, keeping what they mean.
+"""Inline: bring the bodies of higher-order operators that hide layers into the graph, keeping their meaning.
 
 Matches: ``tag_activation_checkpoint`` (activation checkpointing) and ``invoke_subgraph`` (nested compile regions). Replaces
 with: the nodes of the body. A node that came out of a checkpointed body is tagged for recomputation, as the operator itself
@@ -70,7 +70,7 @@ def _inline_one(gm: fx.GraphModule, node: fx.Node, count: int) -> list[fx.Node]:
                 copied.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 copied.meta["ac_graph_id"] = count
             if op_name(node) == "invoke_subgraph":
-                # One body may serve several calls, and tells the modules of the first: only the call knows its own.
+                # One body may serve several calls, and records the modules of the first: only the call knows its own.
                 copied.meta["nn_module_stack"] = node.meta.get("nn_module_stack") or {}
             if op_name(node) != CHECKPOINT and "ac_graph_id" in node.meta:
                 copied.meta["recompute"], copied.meta["ac_graph_id"] = node.meta["recompute"], node.meta["ac_graph_id"]

@@ -1,6 +1,6 @@
 """Normalize: bring the spellings of an addition to one, ``aten.add.Tensor(left, right)`` without side effect.
 
-Matches: in-place additions (``x += f``, ``x.add_(f)``) whose target no other live tensor shares memory with;
+Matches: in-place additions (``x += f``, ``x.add_(f)``) whose target shares memory with no other live tensor;
 ``alpha=``; ``torch.addcmul``, ``torch.sub``; ``torch.addmm`` and ``torch.baddbmm`` to a tensor of the result's shape; sums
 of a two- or more-element stack; ``0 + x``, with which Python's ``sum`` begins. Replaces with: plain sums of two tensors, the
 last with a copy. Everything else, and every in-place addition whose target is shared, stays as it is; detection refuses
@@ -152,7 +152,7 @@ def _sum_of_stack(node: fx.Node) -> bool:
         for part in parts[1:-1]:
             total = insert_call(node.graph, ADD, (total, part), like=node)
     _replace_by_sum(node, total, parts[-1])
-    stacked.graph.erase_node(stacked)  # nobody else reads it, and as a reader of its parts it would mislead
+    stacked.graph.erase_node(stacked)  # nothing else reads it, and as a reader of its parts it would mislead
     return True
 
 

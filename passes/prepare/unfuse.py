@@ -2,10 +2,10 @@
 
 Matches: a call of an operator of any namespace with at least two floating-point tensors of one shape, every result of which
 is the sum of some of them, or a layer or RMS norm of that sum over its last dimension (any order of arguments and results,
-with or without weight, 1 + weight, bias). Results may be returned, or written over arguments that nobody knows by another
-name. Its meaning is read off its schema and confirmed by running it on small random CPU tensors, values and gradients; the
-eps is one of its float arguments or a usual constant. Replaces with: additions of two tensors, ``rms_norm``,
-``layer_norm``. An operator that cannot run so, or means something else, is left alone.
+with or without weight, 1 + weight, bias). Results may be returned, or written over arguments that have no other name. Its
+meaning is read off its schema and confirmed by running it on small random CPU tensors, values and gradients; the eps is one
+of its float arguments or a usual constant. Replaces with: additions of two tensors, ``rms_norm``, ``layer_norm``. An
+operator that cannot run this way, or computes something else, is left alone.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _meaning_of(call: _Call) -> _Meaning | None:
             found = _propose(call, trials[0])
             if found is None or not all(trial.agrees(found) for trial in trials) or not _same_gradients(call, exact, found):
                 return None
-            # In half precision the operator may do something else; its rounding hides no more than that.
+            # In half precision the operator may do something else; it may differ by no more than its rounding.
             if exact != traced and not _Trial(call, traced, 1.0, 9).agrees(found):
                 return None
         except Exception:  # any operator may fail on the CPU or on these sizes, with any error: it is left alone
@@ -210,7 +210,7 @@ def run_on(call: _Call, given: list[Any]) -> list[Tensor]:
     made = call.target(*given)
     returned = [] if call.returned == 0 else list(made) if isinstance(made, (tuple, list)) else [made]
     if not all(isinstance(part, Tensor) and part.is_floating_point() for part in returned):
-        raise TypeError("a result is no floating-point tensor")
+        raise TypeError("a result is not a floating-point tensor")
     return [*returned, *(given[index] for index in call.mutated)]
 
 
@@ -257,7 +257,7 @@ def _same_gradients(call: _Call, dtypes: dict[int, torch.dtype], meaning: _Meani
         ours = torch.autograd.grad([result.double() for result, _ in known if result.requires_grad], leaves,
                                    [w for (result, _), w in zip(known, weights) if result.requires_grad], allow_unused=True)
     except (RuntimeError, NotImplementedError):
-        return True  # it has no gradient formula, so that there is nothing to keep
+        return True  # it has no gradient formula, so there is nothing to preserve
     theirs = torch.autograd.grad(plain, leaves, weights, allow_unused=True)
     if all(gradient is None for gradient in ours):
         return True
@@ -266,7 +266,7 @@ def _same_gradients(call: _Call, dtypes: dict[int, torch.dtype], meaning: _Meani
 
 
 def _can_replace(call: _Call, meaning: _Meaning, order: dict[fx.Node, int]) -> bool:
-    """Whether every result that somebody reads is known, and no other name sees what is written in place."""
+    """Whether every result that is read is known, and what is written in place is not visible under another name."""
     kinds = meaning.results
     if call.returned == 1 and call.node.users and kinds[0] is None:
         return False
@@ -288,7 +288,7 @@ def _replace(call: _Call, meaning: _Meaning, order: dict[fx.Node, int]) -> None:
         names.setdefault(int(user.args[1]), []).append(user)  # type: ignore[arg-type]
     dtypes = [value_of(names[i][0]).dtype if i in names else None for i in range(call.returned)]
     dtypes += [value_of(call.arguments[index]).dtype for index in call.mutated]
-    # Who reads each result. What nobody reads is not made: it would be one more reader of the sum.
+    # The readers of each result. An unread result is not made: it would be one more reader of the sum.
     readers = [[(name, user) for name in names.get(i, ()) for user in name.users] for i in range(call.returned)]
     readers += [[(target, user) for user in target.users if order.get(user, -1) > order[node]]
                 for target in (call.arguments[index] for index in call.mutated)]

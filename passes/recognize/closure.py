@@ -34,7 +34,7 @@ ALLOWED = PRODUCTS | MIX_ARITHMETIC | MIX_LAYOUT | CONSTANTS | SOFTMAXES | {"lin
 
 
 def free_numbers(node: fx.Node) -> list[fx.Node]:
-    """The symbolic numbers that ``node`` computes with; sizes in changes of shape are none."""
+    """The symbolic numbers that ``node`` computes with; sizes in changes of shape do not count."""
     name = op_name(node)
     if name in MIX_LAYOUT or (name in CONSTANTS and name not in FILLS):
         return []
@@ -61,7 +61,7 @@ class Proposal:
 
 
 class Closure:
-    """The set of nodes that need nothing but the leaves and small vectors; grown from one node at a time."""
+    """The set of nodes that need only the leaves and small vectors; grown from one node at a time."""
 
     def __init__(self, facts: Facts, leaves: frozenset[fx.Node], width: int, budget: int) -> None:
         self.facts, self.leaves, self.width, self.budget = facts, leaves, width, budget
@@ -143,7 +143,7 @@ def close_over(anchor: fx.Node, rows: tuple[Row, ...], dependent: Sequence[fx.No
 
 
 def logits_of(anchor: fx.Node) -> list[fx.Node]:
-    """What ``anchor`` makes weights of."""
+    """The scores that ``anchor`` turns into weights."""
     if op_name(anchor) == ATTENTION:
         given = [argument(anchor, 0, "query"), argument(anchor, 1, "key")]
     else:
@@ -222,7 +222,7 @@ def _cut(
 
 
 def _expression(node: fx.Node, facts: Facts, depth: int = 8) -> Any:
-    """Equal for nodes that compute the same of the same inputs: a row of a parameter that each source selects anew."""
+    """Equal for nodes that compute the same of the same inputs: a row of a parameter that each source selects again."""
     if node.op not in ("call_function", "call_method") or depth == 0 or facts.mutations.get(memory_of(node)):
         return node
     if op_name(node) not in ALLOWED:

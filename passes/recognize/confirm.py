@@ -30,7 +30,7 @@ from attnres_fx.runtime import reference
 _CLOSE = 1e-9
 _MAGNITUDES = (1e-3, 1.0, 1e3)
 _PROBE_MAGNITUDES = (1e-4, 1.0, 1e-2, 1e-3, 1e-6, 10.0)
-# Above so many source elements the positions are made fewer, and above the second number nothing is confirmed.
+# Above this many source elements the number of positions is reduced, and above the second number nothing is confirmed.
 _MANY, _TOO_MANY = 2**19, 2**26
 
 
@@ -189,7 +189,7 @@ def _fitting_numbers(
     """The candidates for (eps, logit scale) that one position does not rule out.
 
     The weights of that position follow from its value by linear algebra, and from them the scale. It only selects among
-    the candidates; a position whose weights are no softmax of the scores selects none.
+    the candidates; a position whose weights are not a softmax of the scores selects none.
     """
     rows = inputs.stacked
     count, positions, width = rows.shape
@@ -282,7 +282,7 @@ def _same(proposal: Proposal, region: Region, meaning: Meaning, inputs: Inputs, 
     ours = torch.autograd.grad(found, leaves, weights, allow_unused=True)
     theirs = torch.autograd.grad(wanted, leaves, weights, allow_unused=True)
     for number, (mine, other, leaf) in enumerate(zip(ours, theirs, leaves)):
-        # The operator gives a lone source's query a zero gradient; any other that is missing an optimizer would notice.
+        # The operator gives a lone source's query a zero gradient; an optimizer would notice any other missing gradient.
         if other is None and len(proposal.rows) > 1:
             return False
         mine = torch.zeros_like(leaf) if mine is None else mine
@@ -327,7 +327,7 @@ def _regions(proposal: Proposal) -> list[Region]:
     if count <= _MANY:
         return [Region(proposal)]
     leading = tuple(size if size <= 8 else 4 for size in shape[:-1])
-    # Sizes that stand in arguments can be told apart only where nothing else has the same size.
+    # Sizes in arguments can be distinguished only if nothing else has the same size.
     taken = {shape[-1], len(proposal.rows), *range(9)}
     sizes = {old: new for old, new in zip(shape, leading) if old not in taken}
     sizes.setdefault(math.prod(shape[:-1]), math.prod(leading))

@@ -1,8 +1,8 @@
-"""Depth reads: where a graph weights several tensors by functions of themselves, whether it is a mix or only like one.
+"""Depth reads: where a graph weights several tensors by functions of themselves, whether it is a mix or only similar to one.
 
 Recognition changes what it can prove. Detection needs to know more: a chain of additions whose values are weighted
-against other tensors is a hand-written AttnRes or a relative of it, and is no residual stream, recognised or not. This pass
-only looks, and it looks wider: any gate instead of a softmax, any norm, biases, dropout on the weights.
+against other tensors is a hand-written AttnRes or a variant of it, and not a residual stream, whether recognised or not.
+This pass only looks, but looks wider: any gate instead of a softmax, any norm, biases, dropout on the weights.
 """
 
 from __future__ import annotations

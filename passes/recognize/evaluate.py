@@ -61,8 +61,8 @@ def _neutral(value: Any, sizes: dict[int, int]) -> Any:
 class Region:
     """Evaluates a proposal's region at the traced sizes, or with fewer positions.
 
-    ``leading`` is then the shape of the positions, and ``sizes`` says what becomes of traced sizes that stand in the
-    arguments of its operations.
+    ``leading`` is then the shape of the positions, and ``sizes`` maps traced sizes that stand in the arguments of its
+    operations.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Region:
 def call_neutral(node: fx.Node, env: dict[fx.Node, Any], sizes: dict[int, int]) -> Any:
     """What ``node`` makes of the values in ``env``, its casts and dtype arguments neutralised.
 
-    ``sizes`` says what becomes of traced sizes that stand in its arguments.
+    ``sizes`` maps traced sizes that stand in its arguments.
     """
     name = op_name(node)
 

@@ -73,12 +73,12 @@ def is_bank(node: fx.Node) -> bool:
 
 
 def is_symbol(node: fx.Node) -> bool:
-    """Whether ``node`` is a size, or several, and no tensor: a constant as far as a mix is concerned."""
+    """Whether ``node`` is one or several sizes and not a tensor: a constant as far as a mix is concerned."""
     return isinstance(value_of(node), (int, float, torch.SymInt, torch.SymFloat, torch.Size))
 
 
 class Facts:
-    """What is asked of a graph again and again: the order of nodes, and who changes which memory in place."""
+    """Facts about a graph that are needed repeatedly: the order of nodes, and which nodes change which memory in place."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
@@ -200,7 +200,7 @@ class Gathers:
         self.known: dict[fx.Node, _Gather | None] = {}
 
     def of(self, node: fx.Node) -> _Gather | None:
-        """The rows that ``node`` was gathered from, if its history says so. Iterative: banks grow by nesting."""
+        """The rows that ``node`` was gathered from, if its history shows them. Iterative: banks grow by nesting."""
         pending = [node]
         while pending:
             current = pending[-1]
@@ -294,7 +294,7 @@ class Gathers:
         return _Gather(axis, tuple(rows)) if len(rows) <= MAX_SOURCES else None
 
     def _split(self, node: fx.Node, rank: int) -> _Gather | None:
-        """A concatenation that is viewed with a new axis, one entry a part: a stack as export decomposes it."""
+        """A concatenation that is viewed with a new axis, one entry per part: a stack as export decomposes it."""
         joined = passed_through(node)
         if joined is None or op_name(joined) not in CONCATENATIONS or len(shape_of(joined)) != rank - 1:
             return None

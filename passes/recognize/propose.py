@@ -75,7 +75,7 @@ def expected_rows(anchor: fx.Node) -> tuple[int, ...] | None:
 def summed(
     anchor: fx.Node, facts: Facts, sizes: tuple[int, ...], dropout: bool = False
 ) -> tuple[list[list[tuple[Row, ...]]], list[fx.Node]]:
-    """The operands that the weights of ``anchor`` multiply: ways to read them as rows; and all that depends on it."""
+    """The operands that the weights of ``anchor`` multiply: ways to read them as rows; and everything that depends on it."""
     limit = 24 + 8 * max(sizes)
     dependent: list[fx.Node] = []
     values: list[fx.Node] = []
@@ -146,7 +146,7 @@ def _packed(rows: Sequence[tuple[Row, ...]], sizes: tuple[int, ...]) -> Iterator
         shape = shape_of(flat[0].node)
         for axis in range(len(shape) - 1):
             count = shape[axis]
-            if isinstance(count, int) and count in sizes and len(shape) > 2:  # asking of a symbol would fix it
+            if isinstance(count, int) and count in sizes and len(shape) > 2:  # testing a symbol would fix it
                 yield tuple(Row(flat[0].node, axis, index) for index in range(count))
 
 

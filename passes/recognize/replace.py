@@ -118,9 +118,9 @@ def _dtype(node: fx.Node) -> str:
 
 
 def _settle_numbers(proposal: Proposal) -> None:
-    """Guard the numbers that the region computes with, so that a call with another eps or scale is compiled anew.
+    """Guard the numbers that the region computes with, so that a call with another eps or scale is compiled again.
 
-    Dynamo makes an input of a number that has changed, and the operator's are constants of the graph.
+    Dynamo turns a number that has changed into an input, but the operator's numbers are constants of the graph.
     """
     for node in proposal.region:
         for source in free_numbers(node):
@@ -158,7 +158,7 @@ class _Rewriter:
             for source in sources[1:]:
                 promoted = torch.promote_types(promoted, value_of(source).dtype)
             if wanted != promoted and torch.promote_types(wanted, promoted) == wanted:
-                # The result is wanted wider than the sources: one wide source makes it so, without a rounding between.
+                # The result must be wider than the sources: one wide source makes it so, without an intermediate rounding.
                 sources[-1] = self._make(aten.to.dtype, (sources[-1], wanted), output)
             mixed = self._make(
                 MIX,
@@ -208,7 +208,7 @@ class _Rewriter:
         return self.slices[key][row.index]
 
     def _copy(self, node: fx.Node, output: fx.Node) -> fx.Node:
-        """The operator keeps its sources for the backward; the original kept a gathered copy of what is changed later."""
+        """The operator keeps its sources for the backward; the original kept a gathered copy if they are changed later."""
         return self._make(aten.clone.default, (node,), output)
 
     def _vectors(self, proposal: Proposal, meaning: Meaning, output: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -1,4 +1,4 @@
-"""Match: find the markers of converted streams in a graph, and hold each to its plan. Analysis alone."""
+"""Match: find the markers of converted streams in a graph, and check each against its plan. Analysis alone."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def plans_of_markers(graph: fx.Graph) -> list[StreamPlan]:
 
 
 def match(graph: fx.Graph) -> tuple[Assignment, ...]:
-    """Match every marker of a prepared graph with the stream whose sites its plan recorded, and hold the stream to the plan.
+    """Match every marker of a prepared graph with the stream whose sites its plan recorded, and check it against the plan.
 
-    Raises: SitesChangedError, SplitStreamError, GraphBreakError or a refusal of the stream, if the graph does not hold
+    Raises: SitesChangedError, SplitStreamError, GraphBreakError or a refusal of the stream, if the graph does not have
     exactly the layers that the conversion recorded.
     """
     markers = markers_of(graph)
@@ -64,7 +64,7 @@ def match(graph: fx.Graph) -> tuple[Assignment, ...]:
             raise refusal
         if found.width != plan.width:
             raise SitesChangedError(f"stream '{plan.name}' has width {found.width}; it was converted at {plan.width}",
-                                    place=place_of(marker), remedy="convert the model anew for this width")
+                                    place=place_of(marker), remedy="convert the model again for this width")
         assert isinstance(query, fx.Node)
         gain = key_gain if isinstance(key_gain, fx.Node) else None
         refuse_shares(found, [query] if gain is None else [query, gain])
@@ -85,7 +85,7 @@ def _is_owner(stream: Stream, marker: fx.Node) -> bool:
 
 
 def _explain_mismatch(graph: fx.Graph, marker: fx.Node, plan: StreamPlan, streams: Sequence[Stream]) -> AttnResError:
-    """Why no stream of the graph is the recorded one, in the words of the likeliest cause."""
+    """Why no stream of the graph is the recorded one: an error that names the likeliest cause."""
     gm = module_of(graph)
     broken = graph_break_reason(gm)
     if broken is not None:
@@ -101,19 +101,19 @@ def _explain_mismatch(graph: fx.Graph, marker: fx.Node, plan: StreamPlan, stream
             place=place_of(marker), remedy="run the model without it (for instance without nested compile regions)")
     if missing:
         return SplitStreamError(
-            f"this graph holds {plan.num_layers - len(missing)} of the {plan.num_layers} layers of stream '{plan.name}'; "
+            f"this graph has {plan.num_layers - len(missing)} of the {plan.num_layers} layers of stream '{plan.name}'; "
             f"missing: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}", place=place_of(marker),
             remedy="compile the whole model in one graph: no layer drop or early exit; with DistributedDataParallel set "
-                   "torch._dynamo.config.optimize_ddp=False; if the layers of the model changed, convert anew")
+                   "torch._dynamo.config.optimize_ddp=False; if the layers of the model changed, convert it again")
     extra = sorted({tracer_path(layer.node) for s in streams for layer in s.layers})
     return SitesChangedError(
         f"the layers of this graph are not those that the conversion of stream '{plan.name}' recorded; the graph has "
         f"{[s.num_layers for s in streams]} layers at {extra[:4]}", place=place_of(marker),
-        remedy="call the model as it was converted, or convert it anew with the inputs that it is used with")
+        remedy="call the model as it was converted, or convert it again with the inputs that it is used with")
 
 
 def _closest(plan: StreamPlan, streams: Sequence[Stream]) -> set[tuple[str, int]]:
-    """The recorded sites that the best matching stream of the graph holds."""
+    """The recorded sites that the best matching stream of the graph has."""
     best: set[tuple[str, int]] = set()
     for stream in streams:
         counts: dict[str, int] = {}
@@ -131,7 +131,7 @@ def _closest(plan: StreamPlan, streams: Sequence[Stream]) -> set[tuple[str, int]
 
 @dataclass(frozen=True)
 class Assignment:
-    """A stream to rewrite, its plan, and the nodes that hold its parameters ([L+1, d] each; the gain may be None)."""
+    """A stream to rewrite, its plan, and the nodes of its parameters ([L+1, d] each; the gain may be None)."""
 
     stream: Stream
     plan: StreamPlan

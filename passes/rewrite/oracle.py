@@ -1,8 +1,8 @@
-"""The oracle: run a plain graph as Attention Residuals by Eq. 5-6 themselves, without any of the rewrite's nodes.
+"""The oracle: run a plain graph as Attention Residuals directly by Eq. 5-6, without any of the rewrite's nodes.
 
-An interpreter executes the plain graph node by node. Where a residual addition stands, it takes down the output of the
-layer, sums the outputs so far into blocks anew, computes the softmax over depth with elementary operations, and hands the
-mix to the readers in place of the sum. It shares detection with the rewrite and nothing else.
+An interpreter executes the plain graph node by node. At a residual addition, it records the output of the layer, sums the
+outputs so far into blocks again, computes the softmax over depth with elementary operations, and hands the mix to the
+readers in place of the sum. It shares detection with the rewrite and nothing else.
 """
 
 from __future__ import annotations

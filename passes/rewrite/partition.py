@@ -49,7 +49,7 @@ def _positive(name: str, value: int) -> int:
 
 def _explicit(num_layers: int, boundaries: Sequence[int]) -> tuple[int, ...]:
     if any(isinstance(position, bool) or not isinstance(position, int) for position in boundaries):
-        raise PartitionError(f"boundaries {list(boundaries)} are no whole numbers", remedy="list layer counts")
+        raise PartitionError(f"boundaries {list(boundaries)} are not whole numbers", remedy="list layer counts")
     positions = list(boundaries)
     if not positions or positions[-1] != num_layers:
         positions.append(num_layers)

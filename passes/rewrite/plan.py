@@ -1,4 +1,4 @@
-"""The plan of a converted stream: what a conversion fixes and every later graph is held to, as JSON in the marker."""
+"""The plan of a converted stream: what a conversion fixes and every later graph must match, as JSON in the marker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StreamPlan:
     """One converted stream.
 
     ``owner`` is the path of the lowest module that owns all its additions; ``sites`` are (path below the owner, call
-    ordinal), one a layer; ``boundaries`` are the positions at which blocks close, the last one L.
+    ordinal), one per layer; ``boundaries`` are the positions at which blocks close, the last one L.
     """
 
     name: str
@@ -36,7 +36,7 @@ class StreamPlan:
 
     @property
     def num_blocks(self) -> int:
-        """N of the paper, as it came out."""
+        """N of the paper: the actual number of blocks."""
         return len(self.boundaries)
 
     def output_factor(self, position: int) -> float:

@@ -1,7 +1,7 @@
 """Rewrite: turn a residual stream into Attention Residuals, Eq. 5-6 of the paper.
 
-Matches: a detected stream with its plan. Replaces with: block sums of the layer outputs, and one ``attnres::mix`` a
-position, which every reader of that position reads. The additions of the stream are gone afterwards.
+Matches: a detected stream with its plan. Replaces with: block sums of the layer outputs, and one ``attnres::mix`` per
+position, which every reader of that position reads. The additions of the stream are removed.
 
 The outputs of layers are kept in the layout of the embedding b_0: where the stream is reshaped or permuted between
 additions, terms are brought back before they are summed, and mixes are brought forward before they are read.
@@ -92,7 +92,7 @@ class _Rewriter:
                     self.graph.erase_node(node)
 
     def _rows(self, stacked: fx.Node) -> fx.Node:
-        """One ``unbind`` for all rows: a ``select`` a row would cost an addition of the whole in the backward, each."""
+        """One ``unbind`` for all rows: one ``select`` per row would each cost an addition of the whole in the backward."""
         first = self.stream.layers[0].node
         with self.graph.inserting_before(first):
             return insert_call(self.graph, aten.unbind.int, (stacked, 0), like=first)
@@ -106,14 +106,14 @@ class _Rewriter:
         whole = value_of(layer.node)
         term = self._without_skip(layer.node, layer)
         if term is None:
-            raise LoweringError(f"the addition '{layer.node.name}' has no term but the stream itself")
+            raise LoweringError(f"the addition '{layer.node.name}' has no term other than the stream itself")
         if not same_size(value_of(term).shape, whole.shape):
             shaped = self.layout[-1] if self.layout else self.embedding
             term = insert_call(self.graph, aten.expand_as.default, (term, shaped), like=layer.node)
         return term
 
     def _without_skip(self, node: fx.Node, layer: Layer) -> fx.Node | None:
-        if node is layer.skip or node is self.mixed:  # what others read with injections reads the mix by now
+        if node is layer.skip or node is self.mixed:  # other readers of sums with injections read the mix by now
             return None
         if node is not layer.node and node not in layer.inner and node not in layer.injections:
             return node
@@ -152,7 +152,7 @@ class _Rewriter:
         expected = len(sources_at(self.plan.boundaries, position))
         if len(sources) != expected:
             raise LoweringError(f"position {position} of stream '{self.plan.name}' has {len(sources)} sources, "
-                                f"and the plan says {expected}")
+                                f"but the plan has {expected}")
         query = self._row(self.queries, position)
         key_gain = self._row(self.key_gains, position) if self.key_gains is not None else None
         record = Record("mix", self.plan.name, position, len(sources))
@@ -180,7 +180,7 @@ class _Rewriter:
         return mixed
 
     def _in_memory_as(self, mixed: fx.Node, original: fx.Node) -> fx.Node:
-        """``mixed`` with the strides of the original sum, where it has others: by a copy."""
+        """``mixed`` with the strides of the original sum, where they differ: by a copy."""
         order = memory_order(value_of(original))
         if order is None or same_size(value_of(mixed).stride(), value_of(original).stride()):
             return mixed
@@ -226,7 +226,7 @@ class _Rewriter:
             name = op_name(node)
             before = passed_through(node)
             if before is None:
-                raise LoweringError(f"'{node.name}' is no pass-through")
+                raise LoweringError(f"'{node.name}' is not a pass-through")
             if name in PERMUTES:
                 forward = permutation_of(node)
                 order = [forward.index(dim) for dim in range(len(forward))]
@@ -238,7 +238,7 @@ class _Rewriter:
 
 def memory_order(value: torch.Tensor) -> list[int] | None:
     """The dimensions of a tensor in the order, outermost first, in which they fill its memory without gaps; None if that
-    cannot be known. Of dimensions of one element, whose strides mean nothing, the order stays.
+    cannot be known. Dimensions of one element, whose strides mean nothing, keep their order.
     """
     dims = list(range(value.dim()))
     if not is_contiguous(value):

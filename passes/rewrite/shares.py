@@ -1,7 +1,7 @@
-"""Shares: a stream of which every process holds a part of its own, as under sequence parallelism (analysis).
+"""Shares: a stream of which every process has only its own part, as under sequence parallelism (analysis).
 
-The mixes of such a stream are right, for they look at one token at a time. The gradients of its queries and key gains are
-not: they sum over tokens, each process sees its own, and nobody adds the shares up.
+The mixes of such a stream are correct, since they look at one token at a time. The gradients of its queries and key gains
+are not: they sum over tokens, each process sees only its own, and the shares are not added up.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _ENTRIES = frozenset({"from_local", "prim_from_local"})
 
 
 def refuse_shares(stream: Stream, parameters: Sequence[fx.Node]) -> None:
-    """Raise ShardedStreamError if the graph shows that a process has but a share of ``stream`` while gradients of its
-    ``parameters`` are asked for, or that the stream is a distributed tensor, of which no mix is known.
+    """Raise ShardedStreamError if the graph shows that a process has only a share of ``stream`` while gradients of its
+    ``parameters`` are asked for, or that the stream is a distributed tensor, for which no mix is defined.
     """
     training = torch.is_grad_enabled() and any(value_of(node).requires_grad for node in parameters)
     for value in [*stream.values, *(term for layer in stream.layers for term in layer.terms)]:
         if hasattr(value_of(value), "placements"):
             raise ShardedStreamError(
-                f"stream '{stream.name}' is a distributed tensor, of which no mix is known", place=place_of(value),
+                f"stream '{stream.name}' is a distributed tensor, for which no mix is defined", place=place_of(value),
                 remedy="keep local tensors on the stream: use_local_output=True in the plan of the layers that write to it")
         share = next(filter(None, (_share(node) for node in _seen_from(value))), None) if training else None
         if share is not None:
             raise ShardedStreamError(
-                f"every process holds but a share of stream '{stream.name}' ({share}): the gradients of its queries and key "
+                f"every process has only a share of stream '{stream.name}' ({share}): the gradients of its queries and key "
                 "gains would be those of the share", place=place_of(value),
                 remedy="hold the stream whole in every process: no SequenceParallel, and output_layouts=Replicate() for the "
                        "layers that write to it (tensor parallelism within the layers is right as it is); or freeze the "

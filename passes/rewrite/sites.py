@@ -61,7 +61,7 @@ def find_sites(stream: Stream, sites: Sequence[tuple[str, int]]) -> str | None:
 
 
 def sites_of(paths: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Sites of a stream: (module path, call ordinal) of each layer, the ordinal counting equal paths in order."""
+    """Sites of a stream: (module path, call ordinal) of each layer; the ordinal counts equal paths in order."""
     seen: dict[str, int] = {}
     sites = []
     for path in paths:

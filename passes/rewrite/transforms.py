@@ -1,7 +1,7 @@
 """Transforms: the levels of torch.func at which a stream runs (analysis).
 
-``grad``, ``vjp`` and what is made of them are followed by the operators. Batched values, and values with tangents, are more
-than a graph tells of them, so that a rewrite may fail on them.
+The operators support ``grad``, ``vjp`` and what is built on them. Batched values, and values with tangents, have properties
+that a graph does not show, so a rewrite may fail on them.
 """
 
 from __future__ import annotations

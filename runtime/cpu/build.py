@@ -1,11 +1,11 @@
-"""Compile the C++ kernels once a machine and user, and find them again.
+"""Compile the C++ kernels once per machine and user, and find them again.
 
 A library is named after everything that its machine code depends on: the sources, torch's release and ABI, the flags and
 the instruction set. It is written under another name and renamed when it is whole, so that a process never loads half a
 file; a lock keeps processes that start together from doing the same work.
 
-Beside it stands a record of its size and hash. A library that is not what its record says (cut short by a full disk, say)
-would end the process when it is loaded: it is built again. In a directory that others can write to, a library may be theirs:
+Beside it stands a record of its size and hash. A library that does not match its record (cut short by a full disk, say)
+would crash the process when loaded: it is built again. In a directory that others can write to, a library may be theirs:
 nothing is loaded from there.
 """
 
@@ -65,7 +65,7 @@ def cache_directory() -> Path:
 
 
 def library_path() -> Path:
-    """Where the library for this torch, these sources and this machine stands once it is built."""
+    """The path of the library for this torch, these sources and this machine, once it is built."""
     parts = [torch.__version__, str(torch.compiled_with_cxx11_abi()), platform.machine(), *platform.libc_ver(), *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(SOURCES.iterdir()):
@@ -74,7 +74,7 @@ def library_path() -> Path:
 
 
 def build(report: Callable[[str], None] = lambda reason: None) -> Path:
-    """Compile, unless it has been done. ``report`` is told why a library that is there is built again.
+    """Compile, unless it has been done. ``report`` is called with the reason why an existing library is built again.
 
     Raises: BuildError.
     """
@@ -105,17 +105,17 @@ def build(report: Callable[[str], None] = lambda reason: None) -> Path:
 
 
 def is_built() -> bool:
-    """Whether the library is there, as it was written."""
+    """Whether the library exists, as it was written."""
     return _fault(library_path()) is None
 
 
 def _record_of(content: bytes) -> str:
-    """What a library's record says: its size in bytes and its SHA-256."""
+    """The content of a library's record: its size in bytes and its SHA-256."""
     return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n"
 
 
 def _check_directory(directory: Path) -> None:
-    """Raise BuildError if another user may have put files into ``directory``, or could exchange them."""
+    """Raise BuildError if another user may have put files into ``directory``, or could replace them."""
     try:
         found = directory.stat()
     except OSError:
@@ -140,7 +140,7 @@ def _fault(library: Path) -> str | None:
         return "belongs to another user"
     if open_to_all:
         return "can be written to by others"
-    return None if recorded == _record_of(content) else f"holds other bytes than were written ({len(content):,} of them)"
+    return None if recorded == _record_of(content) else f"has other bytes than were written ({len(content):,} of them)"
 
 
 def _record(library: Path) -> Path:

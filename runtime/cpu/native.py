@@ -37,7 +37,7 @@ def state() -> State:
 
 
 def ensure() -> bool:
-    """Whether the native kernels are registered, after building and loading them if nobody has tried yet.
+    """Whether the native kernels are registered, after building and loading them if that was not tried yet.
 
     The first failure gives one NativeKernelsWarning; after it this returns False at once.
     """
@@ -49,8 +49,8 @@ def ensure() -> bool:
             _state = _load()
             if _state.status == "unavailable":
                 warnings.warn(
-                    "the native CPU kernels of attnres_fx are not available, so that mixes run on the slower reference: "
-                    f"{_state.reason}. `attnres doctor` tells more", NativeKernelsWarning, stacklevel=2)
+                    "the native CPU kernels of attnres_fx are not available, so mixes run on the slower reference: "
+                    f"{_state.reason}. `attnres doctor` shows more", NativeKernelsWarning, stacklevel=2)
     return _state.status == "ready"
 
 
@@ -62,6 +62,6 @@ def _load() -> State:
     except build.BuildError as error:
         return State("unavailable", str(error), seconds=time.perf_counter() - begin)
     except (OSError, RuntimeError) as error:
-        return State("unavailable", f"{library} was built and cannot be loaded: {error.__cause__ or error}", str(library),
+        return State("unavailable", f"{library} was built but cannot be loaded: {error.__cause__ or error}", str(library),
                      time.perf_counter() - begin)
     return State("ready", "", str(library), time.perf_counter() - begin)

@@ -123,7 +123,7 @@ bool served(const Arguments& a) {
   return a.gain == nullptr || (parameter(*a.gain) && (a.gain->dim() == 1 || a.gain->sizes() == a.query.sizes()));
 }
 
-// Where the positions of a tensor [..., d] lie, or of one [...]. Leading dimensions that step evenly are one stride; others
+// Where the positions of a tensor [..., d] or [...] are. Leading dimensions that step evenly are one stride; others
 // are walked.
 class Rows {
  public:
@@ -248,7 +248,7 @@ void widen(const at::Tensor& from, Acc<T>* to, int64_t padded) {
   }
 }
 
-// Query, gain and their product, one padded row a query.
+// Query, gain and their product, one padded row per query.
 template <typename T>
 struct Parameters {
   using A = Acc<T>;

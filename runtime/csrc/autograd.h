@@ -1,4 +1,4 @@
-// What answers under the autograd key: a look for what there is to record, and the kernels below.
+// What runs under the autograd key: a check for anything to record, and the kernels below.
 #pragma once
 
 #include "arguments.h"
@@ -9,7 +9,7 @@
 namespace attnres {
 namespace {
 
-// Whether autograd has anything to do with a value on the stack: a gradient to record, or a tangent to carry.
+// Whether autograd has work with a value on the stack: a gradient to record, or a tangent to carry.
 bool differentiates(const at::Tensor& tensor, bool grad_mode) {
   return tensor.defined() && ((grad_mode && tensor.requires_grad()) || tensor._fw_grad(0).defined());
 }
@@ -50,7 +50,7 @@ void bump_version(const at::Tensor& tensor) {
   }
 }
 
-// What writes into given tensors has no gradient: it is for graphs below autograd, and must not drop one in silence.
+// What writes into given tensors has no gradient: it is for graphs below autograd, and must not drop one silently.
 template <int64_t Count, int64_t Outputs>
 void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   TORCH_CHECK(!differentiates(*stack, Count), op.operator_name().name, " writes into the tensors it is given and has no "

@@ -1,5 +1,5 @@
 // The backward of the mix, of its two phases, and of addition, mix and norm as one: source rows and the gradient row are
-// read from memory once, for the sums that the softmax needs; further readings find them in the cache.
+// read from memory once, for the sums that the softmax needs; later reads find them in the cache.
 #pragma once
 
 #include "gradient.h"
@@ -20,8 +20,8 @@ struct KnownHere {
   A lse, pull, weight, lse_grad;
 };
 
-// The coefficients of Gradient for one position, from the sums of its rows. `lse_grads` [queries] is null but for phase 1,
-// `known` is null but for phase 2.
+// The coefficients of Gradient for one position, from the sums of its rows. `lse_grads` [queries] is null except in phase 1,
+// `known` except in phase 2.
 template <typename A>
 void coefficients(
     const Options& options, int64_t count, int64_t queries, int64_t width, const A* inverse, const A* scores,
@@ -64,7 +64,7 @@ void coefficients(
 
 constexpr int64_t kLine = 64;
 
-// Whether gradients of this many bytes are written past the caches: what is not there anyway when it is used need not be
+// Whether gradients of this many bytes are written past the caches: what would not stay cached until its use need not be
 // fetched before it is overwritten. The last-level cache belongs to others too.
 bool streams(int64_t bytes) {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
@@ -82,8 +82,8 @@ struct NormBackward {
   const at::Tensor* partial_grad;
 };
 
-// Where a backward reads and writes. `lse_grads` is empty but for phase 1; `known` and what is made of it are null but for
-// phase 2, `norm`, `normed` and `partial_grads` but for a norm.
+// Where a backward reads and writes. `lse_grads` is empty except in phase 1; `known` and its results are null except in
+// phase 2, `norm`, `normed` and `partial_grads` except for a norm.
 template <typename T>
 struct Job {
   const Arguments& a;
@@ -145,7 +145,7 @@ class Backward {
   const Gradient<T> gradient_;
   A *const weight_sum_, *const bias_sum_;
 
-  // Where the gradient of a mix is given: all sums over a row in one reading.
+  // Where the gradient of a mix is given: all sums over a row in one read.
   void read(int64_t begin, int64_t end) {
     c10::SmallVector<A, 64> inverse(count_), scores(queries_ * count_);
     c10::SmallVector<A, 16> sums(1 + 2 * queries_);
@@ -174,7 +174,7 @@ class Backward {
     }
   }
 
-  // Where that of its norm is given: the mix again, and its gradient, before it can be multiplied with the sources.
+  // Where that of its norm is given: the mix again, and its gradient, before it can be multiplied by the sources.
   void read_norm(int64_t begin, int64_t end) {
     Sweep<T> sweep(job_.a, job_.parameters, job_.places, job_.known, {}, true, begin, end);
     const A* const with[] = {pulled_};
@@ -255,7 +255,7 @@ void parameter_grads(const Arguments& a, const Parameters<T>& parameters, const 
 }
 
 // The gradients of all that a mix, one of its phases or its norm was given, in its order; the norm again before them.
-// `grads` and `lse_grads` have one tensor a query, the latter for phase 1 alone; `given` is what phase 1 has read.
+// `grads` and `lse_grads` have one tensor per query, the latter only for phase 1; `given` is what phase 1 has read.
 template <typename T>
 Tensors backward(at::ArrayRef<at::Tensor> grads, at::ArrayRef<at::Tensor> lse_grads, const Known* given, const Arguments& a,
                  const NormBackward* above = nullptr) {

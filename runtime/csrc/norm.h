@@ -98,7 +98,7 @@ class Norm {
     const A width = static_cast<A>(width_), along = total(along_low + along_high) / width;
     const A mean = centered_ ? total(own_low + own_high) / width : A(0);
     const Vec by(scale * outer), back(-along * scale), shift(mean);
-    // Beyond the width remains what multiplies zeros.
+    // What remains beyond the width is multiplied by zeros.
     for (int64_t at = 0; at < padded_; at += S::width) {
       const Vec own = Vec::loadu(row_grad + at) - shift;
       (by * at::vec::fmadd(back, Vec::loadu(row + at), own)).store(row_grad + at);
@@ -106,8 +106,8 @@ class Norm {
   }
 
  private:
-  // Weight and bias [padded], or null. Copied to the stack where they are used: a store might else change them, for all
-  // that the compiler knows.
+  // Weight and bias [padded], or null. Copied to the stack where they are used: otherwise a store might change them, as far
+  // as the compiler knows.
   struct Affine {
     const A* weight;
     const A* bias;
@@ -149,7 +149,7 @@ class Norm {
     return total(low + high);
   }
 
-  // What is beyond the width stays zero.
+  // Elements beyond the width stay zero.
   void centre(A* row, A mean) const {
     const Vec shift(mean);
     chunks([&](int64_t column, int64_t left) ATTNRES_INLINE {

@@ -1,6 +1,6 @@
 // attnres::mix, its two phases, attnres::mix_norm and their gradients for the CPU: every source row comes from memory once
 // and stays in the cache for its further uses. What these kernels do not take (mixed dtypes, anything malformed) goes to the
-// reference operators, which compute it or raise; so the two can differ in nothing but rounding and speed. The forwards named
+// reference operators, which compute it or raise; so the two can differ only in rounding and speed. The forwards named
 // _into are the same kernels, writing to the tensors at the end of their arguments.
 #include "autograd.h"
 #include "backward.h"
@@ -45,7 +45,7 @@ at::Tensor empty_rows(const Arguments& a) {
   return at::detail::empty_cpu(a.first().sizes(), a.first().scalar_type());
 }
 
-// The results in the place of the arguments.
+// The results in place of the arguments.
 void answer(torch::jit::Stack* stack, int64_t count, at::Tensor result) {
   torch::jit::drop(*stack, count);
   stack->emplace_back(std::move(result));
@@ -68,7 +68,7 @@ bool like_sources(const at::Tensor& tensor, const Arguments& a, int64_t skip = 0
       tensor.dim() == static_cast<int64_t>(shape.size()) + skip && tensor.sizes().slice(skip) == shape;
 }
 
-// Whether a tensor has the statistics' dtype and one element a position.
+// Whether a tensor has the statistics' dtype and one element per position.
 bool like_statistics(const at::Tensor& tensor, const Arguments& a) {
   const at::IntArrayRef shape = a.first().sizes();
   return plain(tensor) && tensor.sizes() == shape.slice(0, shape.size() - 1) &&
@@ -93,7 +93,7 @@ bool apart(const at::Tensor& out, const at::Tensor& other, bool in_place = false
       return in_place || out.numel() == 0;
     case at::MemOverlapStatus::Partial:
       return false;
-    default: {  // a view with gaps: all that lies between its first and its last element counts as its own
+    default: {  // a view with gaps: everything from its first to its last element counts as its own
       const char* begin = static_cast<const char*>(other.const_data_ptr());
       int64_t last = 0;
       for (int64_t dim = 0; dim < other.dim(); ++dim) {
@@ -106,7 +106,7 @@ bool apart(const at::Tensor& out, const at::Tensor& other, bool in_place = false
 }
 
 // Kernels write before they have read everything: what is written must not be read, nor written twice. Only a partial sum
-// may be completed where its last source lies.
+// may be completed in the memory of its last source.
 void check_apart(at::ArrayRef<at::Tensor> outputs, const Arguments& a, const Known* known = nullptr,
                  const at::Tensor* delta = nullptr, const at::Tensor* partial = nullptr) {
   for (size_t i = 0; i < outputs.size(); ++i) {
@@ -124,7 +124,7 @@ void check_apart(at::ArrayRef<at::Tensor> outputs, const Arguments& a, const Kno
   }
 }
 
-// One source that is not normalised is the mix, whatever the query says.
+// One source that is not normalised is the mix, whatever the query is.
 bool mix_served(const Arguments& a) {
   return served(a) && (a.count() > 1 || a.options.normalize);
 }

@@ -79,7 +79,7 @@ struct RowSums {
 template <typename T, int Count>
 inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int64_t width, Acc<T>* sums) {
   using S = Storage<T>;
-  // Few sums are taken in two halves, or each addition waits for the one before; many would not fit the registers twice.
+  // Few sums are taken in two halves, or each addition would wait for the last; many would not fit the registers twice.
   constexpr bool halves = Count <= 2;
   RowSums<T, Count> even, odd_half;
   RowSums<T, Count>& odd = halves ? odd_half : even;
@@ -110,7 +110,7 @@ inline void row_sums(const T* row, const T* next, const Acc<T>* const* with, int
   even.dots.finish(sums + 1);
 }
 
-// The same for any number of vectors, several in one reading of the row.
+// The same for any number of vectors, several per read of the row.
 template <typename T>
 inline void row_sums(
     const T* row, const T* next, const Acc<T>* const* with, int64_t count, int64_t width, Acc<T>* sums) {
@@ -190,13 +190,13 @@ class Running {
   Running() = default;
   explicit Running(A lse) : top(lse), total(1) {}
 
-  // Turns the logits of a group into weights, and returns what the sum over the earlier groups has to be scaled by.
+  // Turns the logits of a group into weights, and returns the factor for the sum over the earlier groups.
   A add(A* logits, int64_t count) {
     A high = top;
     for (int64_t i = 0; i < count; ++i) {
       high = logits[i] > high ? logits[i] : high;
     }
-    // The difference of two infinities would be no number, and the log-sum-exp with it.
+    // The difference of two infinities would be NaN, and so would the log-sum-exp.
     const A base = base_of(high);
     const A earlier = std::exp(top - base);
     total *= earlier;

@@ -1,7 +1,7 @@
 // How rows are read and written.
 //
 // Rows of T in memory are read into vectors of Acc<T> (float; double for double). Buffers of the statistics' type are
-// padded with zeros to a multiple of Storage<T>::chunk, so that only rows of the caller need care at their end.
+// padded with zeros to a multiple of Storage<T>::chunk, so only the caller's rows need care at their end.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 
 #include <ATen/cpu/vec/functional.h>
 
-// A small function called several times is else not inlined, and its vectors go through memory.
+// A small function called several times would otherwise not be inlined, and its vectors would go through memory.
 #define ATTNRES_INLINE __attribute__((always_inline))
 
 namespace attnres {

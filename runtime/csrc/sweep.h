@@ -6,17 +6,17 @@
 namespace attnres {
 namespace {
 
-// Sources are taken in groups, whose rows stay in a cache between the sums over them and their part of the weighted sum. Each
-// group after the first reads and writes the sums so far: so where the first-level cache has room for few rows only, it is
-// the second.
+// Sources are taken in groups, whose rows stay in a cache between the sums over them and their part of the weighted sum.
+// Each group after the first reads and writes the sums so far: so if the first-level cache has room for only a few rows,
+// that cache is the second level.
 inline int64_t group_of(int64_t row_bytes) {
   constexpr int64_t first_level = 20 * 1024, second_level = 160 * 1024, few = 5;
   const int64_t rows = first_level / row_bytes;
   return rows >= few ? rows : std::max<int64_t>(1, second_level / row_bytes);
 }
 
-// The rows of one position, and those `Ahead` positions later to be fetched meanwhile; null after the last. A sweep is
-// done with short rows before the next come if it asks for them only then; the backward of a mix, which writes rows, is not.
+// The rows of one position, and those `Ahead` positions later to be fetched meanwhile; null after the last. A sweep finishes
+// short rows before the next arrive if it fetches those only then; the backward of a mix, which writes rows, does not.
 template <typename T, int64_t Ahead>
 class Cursor {
  public:

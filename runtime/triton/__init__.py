@@ -25,7 +25,7 @@ Check = Callable[..., Any]
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """For arguments that were checked."""
+    """Skips checks: for arguments that were checked."""
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _installed() -> bool:
 
 
 def obstacle(device_type: str) -> KernelError | None:
-    """Why the kernels cannot run on this kind of device, or None. Does not import triton where the answer is plain."""
+    """Why the kernels cannot run on this kind of device, or None. Imports triton only if needed for the answer."""
     if not _installed():
         return KernelError("the Triton kernels need the package triton, which is not installed",
                            remedy="pip install 'attnres-fx[triton]', or compile with options={'kernels': 'auto'}")
@@ -70,7 +70,7 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"attnres::mix runs as plain torch operations, several times slower: {reason}", stacklevel=2)
 
 
-# The operators, each with the arguments of its namesake in runtime/: by a recipe where the like was launched before, else
+# The operators, each with the arguments of its namesake in runtime/: by a recipe if a similar call was launched before, else
 # with all checks. They raise KernelError where the kernels cannot run. ``check`` is called with the arguments, and the
 # outputs by name, before they are used; results are written to the tensors given for them, contiguous, else to new ones.
 

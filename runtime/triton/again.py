@@ -1,10 +1,10 @@
 """The backward of a mix of one query in one launch, where the rows of a token do not fit into registers.
 
 Its programs read the rows of a token once for the scalars and once more for the gradients; with a norm, once more to mix
-them again, and once more for the scalars that need its gradient. Only the first read is of memory: a program that has a
+them again, and once more for the scalars that need its gradient. Only the first read is from memory: a program that has a
 multiprocessor to itself finds its token's rows in the first-level cache, or else in the second.
 
-The reads of a row are told apart by what they say to the caches. Else the compiler takes them for one, and holds the rows.
+The reads of a row differ in their cache hints; otherwise the compiler would merge them, and keep the rows in registers.
 """
 
 from __future__ import annotations

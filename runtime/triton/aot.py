@@ -37,7 +37,7 @@ class Limits:
 
 
 _CUDA = {80: Limits(65536, 255, 163 << 10), 90: Limits(65536, 255, 227 << 10), 100: Limits(65536, 255, 227 << 10)}
-# A compute unit has four register files of 128 KiB; a thread may use 512 registers, half of them by way of the AGPRs.
+# A compute unit has four register files of 128 KiB; a thread may use 512 registers, half of them through the AGPRs.
 _HIP = {"gfx942": Limits(131072, 512, 64 << 10)}
 
 
@@ -45,8 +45,8 @@ _HIP = {"gfx942": Limits(131072, 512, 64 << 10)}
 class Row:
     """What one compiled kernel uses.
 
-    registers a thread, the larger of what the kernel and its calls need; spills: instructions (NVIDIA) or registers (AMD)
-    that go through memory; shared_bytes a program; load_bytes: the narrowest global load needed to fetch the source rows;
+    registers per thread, the larger of what the kernel and its calls need; spills: instructions (NVIDIA) or registers (AMD)
+    that go through memory; shared_bytes per program; load_bytes: the narrowest global load needed to fetch the source rows;
     programs: how many fit on a multiprocessor by registers and shared memory.
     """
 

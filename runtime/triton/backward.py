@@ -2,9 +2,9 @@
 
 ``mix_backward`` holds all source rows of a tile in registers: each is loaded once. Where they do not fit, or where there
 are more sources than one launch takes, ``mix_scores`` and ``mix_source_grads`` read them once each, and the softmax over
-depth between them is a few scalars a row. Query and gain gradients are summed over tokens in a fixed order: every program
-adds up the tiles it walks over and writes one partial row, and ``reduce_parameter_grads`` adds the partial rows. There
-are no atomic additions, so equal inputs give equal bits.
+depth between them is a few scalars per row. Query and gain gradients are summed over tokens in a fixed order: every program
+adds up the tiles it walks over and writes one partial row, and ``reduce_parameter_grads`` adds the partial rows. There are
+no atomic additions, so equal inputs give equal bits.
 
 Notation as in runtime/reference.py: u_i = dL/da_i ("pull"), ds_i the gradient of a score.
 """
@@ -339,7 +339,7 @@ def mix_source_grads(
                     key_row = keyed[m]
                 source_grad += value * row_grad + key * key_row[None, :]
                 keyed_sums += (old_keyed_sums[m] + key * wide,)
-            if priors[i] is not None:  # last: a row less is held meanwhile
+            if priors[i] is not None:  # last: one row less is held meanwhile
                 source_grad += widen(load_tile(priors[i] + places, rows, columns, tokens, D), ACC)
             store_tile(source_grads[i] + places, source_grad, rows, columns, tokens, D)
     for m in tl.static_range(M):

@@ -1,4 +1,4 @@
-"""The kernels in every configuration that the default table can choose, as the compiler ahead of time takes them.
+"""The kernels in every configuration that the default table can choose, in the form the ahead-of-time compiler takes.
 
 Not every width is listed: those at which the tile, the number of warps or the mask changes, and those of known models.
 """
@@ -22,7 +22,7 @@ OPTIONS = {"EPS": 1e-6, "LOGIT_SCALE": 1.0, "OUTPUT_FACTOR": 1.0}
 
 @dataclass(frozen=True)
 class Typed:
-    """A run-time argument: Triton's name of its type, and whether 16 divides it (an address: 16 bytes)."""
+    """A run-time argument: Triton's name of its type, and whether it is divisible by 16 (an address: by 16 bytes)."""
 
     type: str
     divisible: bool = True
@@ -121,7 +121,7 @@ class Case:
         return rows * min(self.width, tile.block_d) * size // (tile.warps * warp_size)
 
     def plan(self, warp_size: int) -> configs.Plan:
-        """The plan given, or that of the table; for the kernels that have none, the tile alone counts."""
+        """The plan given, or that of the table; for kernels without plans, only the tile counts."""
         kind = "forward" if self.kernel is forward.mix_forward else "backward"
         shape = configs.Shape(kind, self.width, self.count, 1 << 20, TYPES[self.dtype], self.queries, bool(self.norm),
                               warp_size=warp_size, capability=(8, 0) if warp_size == 32 else None)

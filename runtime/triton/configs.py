@@ -1,16 +1,16 @@
-"""How wide a tile, how many warps, how many sources and queries a launch takes: one fixed table.
+"""The width of a tile, and the warps, sources and queries per launch: one fixed table.
 
 A few shapes were measured, on an H100 (``MEASURED``, and where a rule below says so). The others follow rules that can be
-argued and checked in the compiled binaries:
+explained, and checked in the compiled binaries:
 
 - 16-byte loads: at least 16 bytes of a row in each thread.
 - The fewest warps that keep a program's values in registers: sums over a row cross warps only through shared memory and
   barriers, so a row of up to 1024 elements belongs to one warp in the forward.
-- No spills: that decided how many sources and queries a launch takes. Programs are told how many registers they may use
+- No spills: that decided how many sources and queries a launch takes. Programs get a limit on registers
   (``most_registers``), as ptxas otherwise spills on purpose to make room for more of them.
 - The backward holds every source row of a token; its threads hold 8 elements of each. Where that many rows do not fit
   (``backward_tile``) it reads them twice instead.
-- Sums over tokens leave at most PARTIAL_ROWS partial rows a launch, whatever the number of tokens.
+- Sums over tokens leave at most PARTIAL_ROWS partial rows per launch, whatever the number of tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_WIDTH = 8192
-FORWARD_SOURCES = 24  # a launch; more are chained. On AMD their addresses fill the scalar registers beyond
+FORWARD_SOURCES = 24  # per launch; more are chained. On AMD their addresses fill the scalar registers beyond
 REGISTERS = 65536  # of one multiprocessor
 PARTIAL_ROWS = 512  # programs that walk over tokens: about four for each multiprocessor of today's GPUs
 REDUCE_COLUMNS, REDUCE_ROWS, REDUCE_WARPS = 64, 32, 4  # of reduce_parameter_grads: a warp reads 256 bytes of each row
@@ -40,7 +40,7 @@ class Plan:
     group: how many sources are loaded at once; together: of how many tiles sums over rows are taken at once. stages: 0
     where a program of the forward works on one tile; else (2 and more) programs stay, ``resident`` of them on a
     multiprocessor, as those of the backward always do, and load the rows of their next tiles into shared memory in advance.
-    registers: how many a thread may use on NVIDIA's; None: ``most_registers``.
+    registers: how many a thread may use on NVIDIA GPUs; None: ``most_registers``.
     """
 
     tile: Tile
@@ -55,7 +55,7 @@ class Plan:
 class Shape:
     """What a plan is chosen by. kind: "forward" or "backward"; norm: whether addition and norm are within.
 
-    element: bytes of the widest source. capability: of NVIDIA's device, as (9, 0), or None.
+    element: bytes of the widest source. capability: of an NVIDIA device, as (9, 0), or None.
     """
 
     kind: str
@@ -84,14 +84,14 @@ def tile(width: int, elements: int, warp_size: int = 32, most_warps: int = 16) -
 
 
 def forward_sources(phase: int | None) -> int:
-    """How many sources one launch of ``mix_forward`` takes; phase 2 has what phase 1 left to address, too."""
+    """How many sources one launch of ``mix_forward`` takes; phase 2 must also address what phase 1 left."""
     return 16 if phase == 2 else FORWARD_SOURCES
 
 
 def forward_queries(width: int, element: int = 2, normalize: bool = False) -> int:
-    """How many queries share one launch of ``mix_forward`` on sources of so many bytes an element; more sweep again.
+    """How many queries share one launch of ``mix_forward`` on sources of this many bytes per element; more sweep again.
 
-    normalize: the values are normalised, which takes a factor more for each.
+    normalize: the values are normalised, which takes one more factor for each.
     """
     if normalize:
         return 4 if width <= 2048 else 2 if width <= 4096 else 1
@@ -99,14 +99,15 @@ def forward_queries(width: int, element: int = 2, normalize: bool = False) -> in
 
 
 def forward_tile(width: int, queries: int, warp_size: int = 32) -> Tile:
-    """Of ``mix_forward``: a thread holds 16 elements of a row, or 8 where several queries hold a sum each."""
+    """Of ``mix_forward``: a thread holds 16 elements of a row, or 8 if several queries hold a sum each."""
     return tile(width, 16 if (width > 512 and queries == 1) or width > 4096 else 8, warp_size)
 
 
 def forward_group(width: int, queries: int, element: int = 2) -> int:
-    """How many sources, of so many bytes an element, ``mix_forward`` loads at once: 64 bytes a thread of wide rows.
+    """How many sources, of this many bytes per element, ``mix_forward`` loads at once: 64 bytes per thread of wide rows.
 
-    Short rows are taken by the dozen, and on AMD with the addresses of several queries' results they fill the registers.
+    A dozen short rows are taken at once; on AMD, together with the addresses of several queries' results, they fill the
+    registers.
     """
     if width <= 64 and queries > 1:
         return 2
@@ -130,11 +131,10 @@ def backward_tile(
 ) -> Tile | None:
     """Of ``mix_backward``, or None where the rows of a token do not fit into registers.
 
-    A thread of a program of 8 warps or fewer may use 255 registers, of one of 16 warps 128. The norm takes two sums more.
-    Normalised values take a sum more, for the gain's gradient, which shows where registers are fewest.
-    The gradient of the log-sum-exp costs phase 1 a row, and where a program takes several short ones, two. Phase 2 adds few
-    sources and holds at most three: what phase 1 left takes a row, and addresses of which AMD's scalar registers have no
-    more.
+    A thread may use 255 registers in a program of up to 8 warps, 128 in one of 16. The norm takes two more sums. Normalised
+    values take one more sum, for the gain's gradient, which matters where registers are fewest. The gradient of the
+    log-sum-exp costs phase 1 one row, or two if a program takes several short ones. Phase 2 adds few sources and holds at
+    most three: what phase 1 left takes a row, and the last addresses for which AMD has scalar registers.
     """
     if norm:
         rows = 0 if width > 2048 else 4 if width > 512 else 3
@@ -147,9 +147,9 @@ def backward_tile(
 # By device generation (the major number of NVIDIA's capability): kind, width, the least and the most sources and the most
 # tokens that a plan is for, the plan. The first that fits is taken. Lines as ``benchmarks/gpu.py --only search`` prints
 # them; the bounds between what was measured are drawn by hand. 9 is an H100: 5 sources of 128 tokens and 9 of 8192 (7168),
-# 9 of 1 and of 4096 (2048). Few tokens, which do not fill the device for long, want all rows of a token on their way at
-# once; many, of wide rows, those of the next token in shared memory. The backward with the norm was timed with rows asked
-# for in advance as well, which cost a sixth to a half elsewhere and is no more; the fastest, no faster, spilled.
+# 9 of 1 and of 4096 (2048). Few tokens, which do not fill the device for long, are fastest with all rows of a token loading
+# at once; many, of wide rows, with those of the next token in shared memory. The backward with the norm was also timed with
+# prefetched rows, since removed: it cost a sixth to a half elsewhere, and the fastest plan, no faster, spilled.
 MEASURED: dict[int, tuple[tuple[str, int, int, int, int, Plan], ...]] = {
     9: (("forward", 7168, 1, 9, 1024, Plan(Tile(8192, 1, 8), 5, 8)),
         ("forward", 7168, 1, 9, 1 << 40, Plan(Tile(8192, 1, 8), 3, 8, 2)),
@@ -160,7 +160,7 @@ MEASURED: dict[int, tuple[tuple[str, int, int, int, int, Plan], ...]] = {
 
 
 def forward_plan(shape: Shape) -> Plan:
-    """Of ``mix_forward``. Of rows wider than 4096 a thread holds 32 elements: a fifth faster than 16, measured at 7168."""
+    """Of ``mix_forward``. For rows wider than 4096 a thread holds 32 elements: a fifth faster than 16, measured at 7168."""
     own, group = (forward_tile(shape.width, shape.queries, shape.warp_size),
                   forward_group(shape.width, shape.queries, shape.element))
     nvidia = shape.capability is not None
@@ -170,10 +170,10 @@ def forward_plan(shape: Shape) -> Plan:
 
 
 def again_plan(shape: Shape) -> Plan | None:
-    """Of ``mix_backward_again``, or None where it does not serve: it knows one query and values as they are, unrolls
-    the sources, and has no registers left for the norm of a wide row.
+    """Of ``mix_backward_again``, or None where it cannot be used: it supports one query and raw values, unrolls the sources,
+    and has no registers left for the norm of a wide row.
 
-    A thread holds many elements, as each holds the scalars of all sources, too.
+    A thread holds many elements, since it also holds the scalars of all sources.
     """
     wide = shape.width > 4096
     widest, short = (shape.element > 2 and within for within in (shape.width == MAX_WIDTH, shape.width <= 128))
@@ -181,7 +181,7 @@ def again_plan(shape: Shape) -> Plan | None:
     if shape.norm and (wide or (shape.width > 2048 and shape.element > 2)):
         fits = False
     if shape.queries > 1 or not shape.plain or not fits or shape.warp_size != 32:
-        return None  # addresses of so many rows, each read several times, do not fit into AMD's scalar registers
+        return None  # the addresses of this many rows, each read several times, do not fit into AMD's scalar registers
     own = tile(shape.width, 32 if wide else 16 if shape.width > 512 else 8, shape.warp_size)
     together = 4 if shape.capability is not None and own.warps > 1 else 1
     full = wide and shape.count > 8 and shape.width < own.block_d  # masks take the registers of the second row
@@ -190,7 +190,7 @@ def again_plan(shape: Shape) -> Plan | None:
 
 
 def measured(shape: Shape) -> Plan | None:
-    """What was found fastest on a device of this generation for a shape like this; None where nothing was measured."""
+    """The fastest plan found on a device of this generation for a shape like this; None where nothing was measured."""
     if not shape.plain or shape.queries > 1 or shape.element != 2 or shape.capability is None:
         return None
     kind = shape.kind + (" norm" if shape.norm else "")
@@ -216,7 +216,7 @@ def norm_tile(width: int, warp_size: int = 32) -> Tile:
 
 
 def split_sources(width: int, queries: int, element: int = 2, phase: int | None = None, normalize: bool = False) -> int:
-    """How many sources, of so many bytes an element, one launch of ``mix_source_grads`` takes.
+    """How many sources, of this many bytes per element, one launch of ``mix_source_grads`` takes.
 
     Each launch reads the incoming gradient again.
     """
@@ -226,7 +226,7 @@ def split_sources(width: int, queries: int, element: int = 2, phase: int | None 
 
 
 def most_registers(tile: Tile) -> int:
-    """How many registers a thread of NVIDIA's may use where one program has a multiprocessor to itself."""
+    """How many registers a thread on an NVIDIA GPU may use where one program has a multiprocessor to itself."""
     return min(255, REGISTERS // (tile.warps * 32))
 
 
@@ -235,9 +235,9 @@ def backward_registers(
 ) -> int:
     """The same for ``mix_backward``, which holds the rows of ``count`` sources.
 
-    With nine wide rows it is full to the brim, and where ptxas is given the last registers it schedules its way into spills.
-    These bounds are those with which it finds none, on any of the targets of ``aot``; with Triton 3.8 and 3.9 (compiler: its
-    version) there are none only without them.
+    With nine wide rows the registers are full, and if ptxas may use the last ones its scheduling leads to spills. With these
+    bounds there are none on any target of ``aot``; with Triton 3.8 and 3.9 (compiler: its version) there are none only
+    without the bounds.
     """
     release = tuple(int(part) for part in compiler.split(".")[:2])
     if count < 9 or width <= 512 or release >= (3, 8):

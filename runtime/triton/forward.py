@@ -1,7 +1,7 @@
 """The forward kernel: one sweep over the sources with an online softmax over depth.
 
 Everything that a model fixes is a compile-time constant: width, options, the number of sources and of queries. The
-tokens and the row strides are arguments, so that neither batch nor length compiles anything anew. A row, padded to a power
+tokens and the row strides are arguments, so neither batch nor length compiles anything again. A row, padded to a power
 of two, is held by one program, ``BLOCK_T`` rows at a time; each source is loaded once for all queries.
 
 Options are ``tl.constexpr`` and not arguments also because Triton hands Python floats on as float32, which would spoil
@@ -24,7 +24,7 @@ def tile_of(tile, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def load_tile(pointers, rows, columns, tokens, D: tl.constexpr):
-    """Load a tile, zero where it has no row or column. A single row always exists, and needs no mask but for its width."""
+    """Load a tile, zero where it has no row or column. A single row always exists, and needs a mask only for its width."""
     if rows.shape[0] == 1 and columns.shape[0] == D:
         tile = tl.load(pointers)
     elif rows.shape[0] == 1:
@@ -36,7 +36,7 @@ def load_tile(pointers, rows, columns, tokens, D: tl.constexpr):
 
 @triton.jit
 def round_to(tile, dtype: tl.constexpr):
-    """A tile in the dtype of storage. bfloat16 by way of float32: the interpreter does not know it from float64."""
+    """A tile in the dtype of storage. bfloat16 through float32: the interpreter cannot convert it from float64."""
     return (tile.to(tl.float32) if dtype == tl.bfloat16 else tile).to(dtype)
 
 
@@ -66,7 +66,7 @@ def load_rows(base, stride, rows, columns, tokens, D: tl.constexpr, ALIGN: tl.co
 
 @triton.jit
 def load_scalars(base, rows, exists, ACC: tl.constexpr):
-    """One number a row, contiguous, widened; zero where there is no row."""
+    """One number per row, contiguous, widened; zero where there is no row."""
     return widen(tl.load(base + rows, mask=exists, other=0.0), ACC)
 
 
@@ -164,7 +164,7 @@ def add_group(
 
 @triton.jit
 def settle(tile):
-    """The tile, computed here and not later: what a compiler holds back until the end takes registers until then."""
+    """The tile, computed here and not later: what a compiler defers takes registers until then."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [tile], dtype=tl.float32, is_pure=False, pack=1)
 
 
@@ -234,8 +234,7 @@ def mix_forward(
     TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Mix tiles of BLOCK_T tokens: one a program; where STAGES is not 0 several, whose rows are loaded into shared memory
-    STAGES - 1 tiles ahead.
+    """Mix tiles of BLOCK_T tokens: one per program; several if STAGES is not 0, with rows loaded STAGES - 1 tiles ahead.
 
     sources, strides: tuples, pointers to rows and their distances in units of ALIGN elements. query [M, d]; gain [d],
     [M, d] or None.

@@ -37,8 +37,8 @@ from .recipes import BackwardLaunch, ForwardLaunch, Launch, device_guard
 
 NormGrads = tuple[Tensor | None, Tensor | None]  # where the gradients of a norm's weight and bias go, [d] each
 Incoming = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]  # per query: gradients of the mix and of its log-sum-exp
-# Here and below: where a list is given as ``launched``, the launches that can be made again for a like call are added to it.
-# Where a call takes others as well, or copies a tensor for the kernels, it adds an entry None.
+# Here and below: where a list is given as ``launched``, the launches that can be repeated for a similar call are added to
+# it. Where a call takes others as well, or copies a tensor for the kernels, it adds an entry None.
 Launched = list[Launch | None] | None
 
 
@@ -255,8 +255,8 @@ def _norm_partial(problem: Problem, norm: Norm | None, programs: int) -> tuple[i
 
 
 def _backward_launch(problem: Problem, grads: tuple[Tensor, ...], norm: Norm | None) -> BackwardLaunch | None:
-    """By the kernel that holds the rows of a token or the one that reads them again from the cache; None where neither
-    serves. It leaves partial rows [programs, 2, M, d] of the parameters' gradients, and [programs, 2, d] of the norm's.
+    """By the kernel that holds the rows of a token or the one that reads them again from the cache; None where neither can.
+    It leaves partial rows [programs, 2, M, d] of the parameters' gradients, and [programs, 2, d] of the norm's.
     """
     plan = _again(problem, norm)
     tile = problem.backward_tile(norm) if plan is None else plan.tile

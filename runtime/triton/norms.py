@@ -22,7 +22,7 @@ def store_partial(partial, kind, m, M: tl.constexpr, columns, D: tl.constexpr, t
 
 @triton.jit
 def norm_sums_zero(norm_partial, norm_bias, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr):
-    """What a program adds up for gain and, if there is one, bias of the consumer's norm; nothing where none is wanted."""
+    """What a program adds up for gain and, if there is one, bias of the consumer's norm; nothing if neither is needed."""
     sums = ()
     if norm_partial is not None:
         sums += (tl.zeros([BLOCK_T, BLOCK_D], ACC),)
@@ -94,7 +94,7 @@ def norm_backward(
     NORM_EPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The backward of the norm alone: of mixes that were computed before, as sources that do not fit make necessary.
+    """The backward of the norm alone: of mixes that were computed before, as is necessary when sources do not fit.
 
     mixed [tokens, d] in ACC, contiguous: every row is read, and the gradient of the mix written in its place. The others as
     in ``mix_backward``.

@@ -1,6 +1,6 @@
 """Launch the Triton kernels for the two phases of Algorithm 1: the operators of runtime/phases.py, arguments checked there.
 
-Phase 1 is the mix that also stores the log-sum-exp of its logits; phase 2 is the mix with one source more, whose value and
+Phase 1 is the mix that also stores the log-sum-exp of its logits; phase 2 is the mix with one more source, whose value and
 logit phase 1 left. Importing this module imports triton.
 """
 

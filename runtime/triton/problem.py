@@ -49,7 +49,7 @@ def scalars_of(tensor: Tensor) -> Tensor:
 
 
 def empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous tensors for results, whatever the strides of those that they are like."""
+    """Contiguous tensors for results, whatever the strides of those they resemble."""
     return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
 
 
@@ -64,7 +64,7 @@ def warp_size(device: torch.device) -> int:
 
 
 def launch_options(tile: configs.Tile, device: torch.device, registers: int | None = None) -> dict[str, int]:
-    """Warps and, where ptxas is to be told, registers: ``configs.most_registers`` unless they are given."""
+    """Warps and, where ptxas gets a limit, registers: ``configs.most_registers`` unless they are given."""
     options = {"num_warps": tile.warps}
     if device.type == "cuda" and torch.version.hip is None:
         options["maxnreg"] = configs.most_registers(tile) if registers is None else registers
@@ -79,7 +79,7 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of NVIDIA's device, or None."""
+    """The compute capability of an NVIDIA device, or None."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
@@ -89,7 +89,7 @@ def programs_of(tokens: int, plan: configs.Plan, device: torch.device) -> int:
 
 
 def row_stride(rows: Tensor) -> int:
-    """A single row may carry any stride; zero compiles nothing anew."""
+    """A single row may carry any stride; zero avoids another compilation."""
     return rows.stride(0) if rows.shape[0] > 1 else 0
 
 

@@ -1,8 +1,8 @@
-"""Calls whose like was launched before: nothing is checked or planned again, and the kernels take the tensors as they are.
+"""Calls like earlier ones: nothing is checked or planned again, and the kernels take the tensors as they are.
 
-What is worked out of a call (whether it has a meaning, tiles, strides, registers, the grid) follows from its signature: the
-dtype, shape, strides and device of every tensor, and the options. So it is kept by that, of the last ``LIKES`` signatures.
-A decoding model asks for the same few thousands of times, and would wait for Python.
+What is derived from a call (whether it is valid, tiles, strides, registers, the grid) follows from its signature: the dtype,
+shape, strides and device of every tensor, and the options. So it is kept by signature, for the last ``LIKES`` of them. A
+decoding model makes the same few calls thousands of times, and would wait for Python.
 
 Importing this module does not import triton.
 """
@@ -22,7 +22,7 @@ LIKES = 4096
 
 
 class ForwardLaunch(NamedTuple):
-    """One launch of ``mix_forward``: the kernel bound to its grid, and its arguments but for tensors."""
+    """One launch of ``mix_forward``: the kernel bound to its grid, and its arguments except tensors."""
 
     kernel: Any
     strides: tuple[int, ...]
@@ -98,7 +98,7 @@ def signature(name: str, options: Hashable, tensors: Sequence[Tensor | None]) ->
 
 
 class Recipe(NamedTuple):
-    """How calls of one signature are made: the launch; and shape, strides and dtype of each result."""
+    """How calls of one signature are made: the launch, and shape, strides and dtype of each result."""
 
     launch: Any
     results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
@@ -118,7 +118,7 @@ def keep(
     like: Hashable, launched: Sequence[Launch | None], results: Sequence[Tensor], rows: Sequence[Tensor | None],
     others: Sequence[Tensor | None],
 ) -> None:
-    """Keep how a call was made, if it took one launch and no copy of a tensor.
+    """Keep how a call was made, if it took one launch without copying a tensor.
 
     rows: the tensors [..., d] that kernels take by the stride between rows; others: those they take contiguous.
     """

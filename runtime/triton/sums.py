@@ -1,7 +1,7 @@
 """Sums over rows, several tiles at a time.
 
-A sum over a row that several warps hold goes through shared memory and waits for all of them. Of several tiles it can do so
-once: TOGETHER says of how many (1, 2, 4 or 8). The order in which a row is added up is the same, and so are the bits.
+A sum over a row that several warps hold goes through shared memory and waits for all of them. For several tiles it can do so
+once: TOGETHER is their number (1, 2, 4 or 8). The order in which a row is added up is the same, and so are the bits.
 """
 
 from __future__ import annotations

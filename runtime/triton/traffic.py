@@ -1,8 +1,8 @@
-"""What the Triton kernels move: bytes per token, by the choices of the launcher.
+"""What the Triton kernels move: bytes per token, under the choices of the launcher.
 
 Counted is what has to come from and go to memory for a token: rows, and the scalars that one launch leaves for the next.
 Parameters and partial rows are left out; they are the same for any number of tokens, stay in the cache, and are counted by
-:func:`fixed_bytes`. A test holds all of it against the loads and stores of the kernels in the interpreter.
+:func:`fixed_bytes`. A test checks all of it against the loads and stores of the kernels in the interpreter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Mix:
     """One mix: number of sources, width, queries, bytes of a stored element and of an accumulated one.
 
     ``add``: the last source is formed by the launch, as partial + delta, and in the backward the gradient of this sum from
-    its other readers is added. ``norm``: the mix is handed on through a norm, which the backward gives again.
+    its other readers is added. ``norm``: the mix is handed on through a norm, which the backward returns again.
     ``phase``: 1 for a mix of the early sources that keeps the log-sum-exp of every query; 2 for one that goes on from it, by
     ``count`` more sources; None for all at once. ``normalize``: the values are normalised.
     """

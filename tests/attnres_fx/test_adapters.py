@@ -1,4 +1,4 @@
-"""The parameters that are read are those that hang at the model: under PEFT's adapters, and whoever else replaces them."""
+"""The parameters that are read are those at the model: under PEFT's adapters, and whatever else replaces them."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_a_replacement_is_what_is_read(replace: Any, called_before: bool) -> Non
 
 
 @pytest.mark.parametrize("spoil, told", [
-    (lambda model: delattr(model, "attnres"), "nothing hangs at attnres.stream"),
-    (lambda model: setattr(model, "attnres", nn.Identity()), "nothing hangs at attnres.stream"),
+    (lambda model: delattr(model, "attnres"), "nothing at attnres.stream"),
+    (lambda model: setattr(model, "attnres", nn.Identity()), "nothing at attnres.stream"),
     (lambda model: setattr(model, "attnres", converted(num_blocks=4).attnres), "another conversion"),
 ], ids=["deleted", "another module", "another plan"])
 def test_what_cannot_be_read_raises(spoil: Any, told: str) -> None:

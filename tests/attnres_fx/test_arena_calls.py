@@ -1,4 +1,4 @@
-"""The arenas of calls, through ``torch.compile``: who may see them, who frees them, what they hold."""
+"""The arenas of calls, through ``torch.compile``: what may see them, what frees them, what they hold."""
 
 from __future__ import annotations
 

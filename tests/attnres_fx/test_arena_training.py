@@ -1,4 +1,4 @@
-"""The rows of a training step, through ``torch.compile``: where they lie, and who frees them."""
+"""The rows of a training step, through ``torch.compile``: where they are placed, and what frees them."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_keyword_inputs_and_wrong_inputs() -> None:
 
 
 def test_a_graph_inside_a_model() -> None:
-    """It is rewritten as it is traced, as any other part of the model; also after its code is generated anew."""
+    """It is rewritten as it is traced, as any other part of the model; also after its code is generated again."""
     plain, ids = gpt(), models.token_ids(2, 5)
     model: Any = nn.Sequential(fx.symbolic_trace(plain))
     attnres_fx.convert(model, ids, num_blocks=2, mix_scale="sum")
@@ -274,7 +274,7 @@ def test_a_graph_inside_a_model() -> None:
 
 
 def test_the_one_line_form_names_the_two_lines() -> None:
-    """The forward of a graph module is generated again at will: a class swap would be lost without a word."""
+    """The forward of a graph module is generated again at will: a class swap would be lost silently."""
     graph = fx.symbolic_trace(gpt())
     with pytest.raises(Exception, match=r"convert first, then compile: attnres_fx\.convert"):
         torch.compile(graph, backend="attnres")(models.token_ids(2, 5))

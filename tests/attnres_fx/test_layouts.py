@@ -112,7 +112,7 @@ def test_an_encoder_of_torch(blocks: int, batch_first: bool) -> None:
     given = torch.randn(2, 12, WIDTH)
     model = converted(encoder(batch_first, bias=blocks != 3), given, num_blocks=blocks)
     check(model, given, training=blocks == 3)
-    model.eval()  # now torch calls one fused operator a layer, where it can
+    model.eval()  # now torch calls one fused operator per layer, where it can
     check(model, given, training=False)
     agree(inferred(model, given), flat(model(given)))
     plain = encoder(batch_first).eval()
@@ -144,7 +144,7 @@ def test_a_pass_that_ignores_strides_is_seen(layout: str, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     model = converted(Network(layout), ids(), num_blocks=3)
     monkeypatch.setattr(rows_pass, "is_dense", lambda value: True)
-    with pytest.raises(Exception, match=r"in another order|is no row within"):
+    with pytest.raises(Exception, match=r"in another order|is not a row within"):
         inferred(torch.compile(model, backend="attnres"), ids())
     monkeypatch.setattr(arena_pass, "check_arena", lambda graph, memories: None)
     torch._dynamo.reset()

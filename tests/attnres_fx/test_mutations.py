@@ -165,7 +165,7 @@ def test_mutation_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["boundary moved", "rows swapped", "gain dropped"])
 def test_mutation_is_caught_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """verify tells rounding from a fault in single precision as well, and under "sum"."""
+    """verify distinguishes rounding from a fault in single precision as well, and under "sum"."""
     MUTATIONS[name].apply(monkeypatch)
     ids = models.token_ids(2, 5)
     model = attnres_fx.convert(models.nanogpt(LAYERS, width=16, heads=2), ids, num_blocks=3, mix_scale="sum")

@@ -134,7 +134,7 @@ def test_frames_around_a_converted_model_are_compiled_without_a_word() -> None:
 
 
 def test_a_function_around_a_plain_model_is_converted() -> None:
-    """A loop that breaks is no model; what it calls is compiled by itself, and is converted."""
+    """A loop that breaks is not a model; what it calls is compiled by itself, and is converted."""
     torch.manual_seed(0)
     model = Tower()
 

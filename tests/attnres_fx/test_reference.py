@@ -184,7 +184,7 @@ def test_other_models_are_held_by_verify(name: str) -> None:
 
 
 def test_free_list_of_sublayers() -> None:
-    """A stack without blocks, whose additions all stand in one forward, is told apart by call order."""
+    """A stack without blocks, whose additions all stand in one forward, is distinguished by call order."""
 
     class Stack(nn.Module):
         def __init__(self) -> None:

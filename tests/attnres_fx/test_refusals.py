@@ -348,7 +348,7 @@ def test_a_model_without_a_stream() -> None:
 
 
 def test_a_model_without_a_stream_says_what_it_has() -> None:
-    """Sums that are no residual additions are counted and placed; opaque operators are named."""
+    """Sums that are not residual additions are counted and placed; opaque operators are named."""
 
     class Sums(nn.Module):
         def __init__(self) -> None:

@@ -19,7 +19,7 @@ from attnres_fx.passes.graph.vocabulary import is_mix, op_name
 from attnres_fx.passes.rewrite.partition import sources_at
 from attnres_fx.runtime.mix import depth_weights
 
-# (layers, layers a block): even, odd, non-dividing, whole, one block, Full.
+# (layers, layers per block): even, odd, non-dividing, whole, one block, Full.
 SHAPES = [(6, 2), (6, 3), (7, 3), (7, 4), (12, 5), (5, 5), (5, 9), (6, 1)]
 
 
@@ -202,7 +202,7 @@ def test_boundary_layer_sees_no_zero_row(num_layers: int, size: int) -> None:
         kept = mixes[position].args[0]
         assert len(kept) == position // size + 1
         later = [mixes[p].args[0][: len(kept)] for p in range(position, num_layers + 1)]
-        assert all(list(sources) == list(kept) for sources in later), "complete rows stay for ever"
+        assert all(list(sources) == list(kept) for sources in later), "complete rows stay permanently"
 
     smallest: list[float] = []
 

@@ -1,4 +1,4 @@
-"""Sizes that only a call tells: routing by counts, and a stream of the tokens that a mask selects."""
+"""Sizes that are known only in a call: routing by counts, and a stream of the tokens that a mask selects."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_dropout_in_training_and_none_in_evaluation(downstream: str) -> None:
             value = call(ids)
             torch.manual_seed(3)
             assert models.relative(value, reference.nanogpt(plain, ids, query, None, [2, 4])) <= 1e-10
-    assert models.relative(model(ids), model(ids)) > 1e-3, "dropout is drawn anew each call"
+    assert models.relative(model(ids), model(ids)) > 1e-3, "dropout is drawn again in each call"
 
 
 def _run_shapes(call: Callable[[Tensor], Tensor], model: Any, plain: Any, boundaries: Sequence[int]) -> None:
@@ -137,7 +137,7 @@ def test_changing_shapes_compile_few_times(grad: bool) -> None:
         _run_shapes(torch.compile(model, backend=counting), model, plain, [2, 4, 5])
         assert count <= 4
         _run_shapes(torch.compile(model, backend=counting), model, plain, [2, 4, 5])
-        assert count <= 4, "no shape is compiled anew the second time"
+        assert count <= 4, "no shape is compiled again the second time"
 
 
 def test_changing_shapes_without_a_compiler() -> None:

@@ -36,7 +36,7 @@ def llava() -> tuple[Any, dict[str, Any]]:
 
 @functools.cache
 def qwen2_vl() -> tuple[Any, dict[str, Any]]:
-    """Cuts its images apart by sizes that only the data tells."""
+    """Cuts its images apart by sizes that depend on the data."""
     torch.manual_seed(0)
     text = {**TOWER, "vocab_size": 97, "num_hidden_layers": 2, "num_key_value_heads": 2, "bos_token_id": 1,
             "eos_token_id": 2,
@@ -70,7 +70,7 @@ def check(model: Any, call: dict[str, Any], plain: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no residual stream")
         found = gradients(torch.compile(model, **AOT), call)
-    # Of a tower's last layer, which nobody reads, a compiled piece gives zeros.
+    # For a tower's last layer, which nothing reads, a compiled piece gives zeros.
     assert not any(gradient.any() for name, gradient in found.items() if name not in expected)
     # Nothing depends on a bias of keys, whose gradients are rounding.
     far = {name: models.relative(found[name], expected[name]) for name in expected if not name.endswith("k_proj.bias")}
@@ -108,7 +108,7 @@ def test_a_tower_that_cannot_be_traced_is_left_as_it_is() -> None:
 
 
 class Distilled(nn.Module):
-    """A converted teacher, and a plain student that is no part of it."""
+    """A converted teacher, and a plain student that is not part of it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -308,7 +308,7 @@ def test_a_first_value_added_again_is_a_term() -> None:
 
 
 def test_a_sublayer_around_other_layers_is_a_term() -> None:
-    """The output of a sublayer that reads an earlier position joins two layers later: a shortcut, and no long skip."""
+    """The output of a sublayer that reads an earlier position joins two layers later: a shortcut, not a long skip."""
 
     def step(m: Any, values: list[Tensor], i: int) -> Tensor:
         x = values[-1] + m.branch(values[-1], i)
@@ -325,7 +325,7 @@ def test_a_sublayer_around_other_layers_is_a_term() -> None:
 
 
 def test_input_added_within_every_branch() -> None:
-    """What a branch adds to its own input is no change of the stream: all layers are found, and the raw read is told."""
+    """What a branch adds to its own input does not change the stream: all layers are found, and the raw read is reported."""
     model = First(lambda m, v, i: v[-1] + torch.tanh(m.first[i](m.norms[i](v[-1] + m.second[0](v[0])))), 4).double()
     x = toy_input().double()
     (stream,) = attnres_fx.analyze(model, x).streams

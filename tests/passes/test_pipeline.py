@@ -108,7 +108,7 @@ def aot_graph(joint: bool) -> fx.Graph:
     return found[0]
 
 
-# For each pass: a graph that it changes, and what else it is told.
+# For each pass: a graph that it changes, and its context.
 EXAMPLES: dict[str, tuple[Callable[[], fx.GraphModule | fx.Graph], dict[str, Any]]] = {
     "prepare.inline": (lambda: traced(lambda m, x, i: checkpoint(lambda y: y + m.branch(y, i), x, use_reentrant=False)), {}),
     "prepare.encoder_layers": (encoder, {}),

@@ -128,7 +128,7 @@ EXAMPLES = [
     Spec((LayerSpec("permuted", "x + f"), LayerSpec("flat", "x + f"), LayerSpec("broadcast", "x + f"))),
     Spec((LayerSpec("in_place", "x + f"), LayerSpec("pre", "x + f"), LayerSpec("in_place", "f += x"))),
     Spec((LayerSpec("pre", "f += x"), LayerSpec("mixer", "alpha"), LayerSpec("attention", "stack"))),
-    # A fused norm that nobody reads was a reader of the sum, and the features after it no term of its layer.
+    # An unread fused norm was a reader of the sum, and the features after it were not a term of its layer.
     Spec((LayerSpec("rms", "fused in place"), LayerSpec("rms", "x + f")), injection="written", injection_at=1),
     # The zeros that features are written into are made in the likeness of the stream, and do not descend from it.
     Spec((LayerSpec("pre", "x + f"), LayerSpec("rezero", "fused"), LayerSpec("pre", "x + f")), injection="written",

@@ -84,7 +84,7 @@ def of_backward(tensors: list[Any], partial: Tensor | None) -> list[Any]:
 
 
 def check(tensors: list[Any], options: tuple[Any, ...] = RMS, alone: bool = True) -> None:
-    """Float64: values and all gradients against the composite's own autograd; of the norm alone too, if wished."""
+    """Float64: values and all gradients against the composite's own autograd; of the norm alone too, if requested."""
     sources = [source.detach().requires_grad_() for source in tensors[0]]
     others = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors[1:]]
     leaves = [*sources, *(tensor for tensor in others if tensor is not None)]

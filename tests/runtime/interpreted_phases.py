@@ -51,7 +51,7 @@ def rows(count: int, *shape: int, dtype: torch.dtype = DOUBLE) -> list[Tensor]:
 
 
 def parameters(queries: int, width: int, gain: int = 0, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, Tensor | None]:
-    """Queries [M, d], and a gain of so many dimensions."""
+    """Queries [M, d], and a gain of this many dimensions."""
     shape = {0: None, 1: (width,), 2: (queries, width)}[gain]
     return normal(queries, width, dtype=dtype) / width**0.5, None if shape is None else 1 + normal(*shape, dtype=dtype) / 3
 

@@ -64,7 +64,7 @@ def check(
     sources: list[Tensor], query: Tensor, key_gain: Tensor | None = None, options: tuple[Any, ...] = DEFAULTS,
     again: bool = False,
 ) -> None:
-    """Values, all gradients, dtypes and strides; twice, bit by bit, if wished."""
+    """Values, all gradients, dtypes and strides; twice, bit by bit, if requested."""
     exact = [s.double() for s in sources], query.double(), None if key_gain is None else key_gain.double()
     result = launch.mix(sources, query, key_gain, *options)
     dtype = reference.result_dtype(sources)

@@ -1,4 +1,4 @@
-"""The pool of arenas: lent while somebody holds their memory, one for calls that follow one another, bounded."""
+"""The pool of arenas: lent while their memory is in use, one for calls that follow one another, bounded."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """A network: its layers, what may stand between them, and who else reads the stream."""
+    """A network: its layers, what may stand between them, and what else reads the stream."""
 
     layers: tuple[LayerSpec, ...]
     obstacle: str | None = None
@@ -161,7 +161,7 @@ class Layer(nn.Module):
         elif kind == "true_divided":
             f = torch.true_divide(self.scale * f, 1.5)
         elif kind == "in_place":
-            f.mul_(3)  # nobody reads the result of the call, everybody its target
+            f.mul_(3)  # nothing reads the result of the call, everything its target
         elif kind == "broadcast":
             f = f.mean(1, keepdim=True)
         elif kind == "half":

@@ -2,7 +2,7 @@
 
 Reading the precompiled header and linking cost more than most kernels do, and Inductor pays both for each. Here all kernels
 that wait are compiled together when one of them is first called, and a kernel that was built is found again by its source.
-Scheduling, code generation, the wrapper's code and every pass are Inductor's and the project's own; only who calls the C++
+Scheduling, code generation, the wrapper's code and every pass are Inductor's and the project's own; only what calls the C++
 compiler, and how often, is other. ``ATTNRES_TESTS_CXX=inductor`` leaves that to Inductor too.
 """
 

@@ -1,7 +1,7 @@
 """Attention Residuals in plain PyTorch, written from Eq. 2-6 of the paper: the independent reference of the tests.
 
 Nothing here uses an operator, a pass or a class of the project. A network is given as the embedding and a list of
-functions, one a layer (its norm included); the reference calls them in turn on the mixes. :class:`NanoGPT` is a plain
+functions, one per layer (its norm included); the reference calls them in turn on the mixes. :class:`NanoGPT` is a plain
 pre-norm model to convert; :func:`nanogpt` and :func:`llama` run the very modules of a plain model as an
 Attention-Residuals network.
 """
@@ -92,14 +92,14 @@ class NanoGPT(nn.Module):
 
 
 def closing_positions(num_layers: int, num_blocks: int) -> list[int]:
-    """The layer counts after which a block closes: S = ceil(L / N) layers a block, the last block perhaps short."""
+    """The layer counts after which a block closes: S = ceil(L / N) layers per block, the last block perhaps short."""
     size = (num_layers + num_blocks - 1) // num_blocks
     closing = [position for position in range(1, num_layers + 1) if position % size == 0]
     return closing if closing and closing[-1] == num_layers else [*closing, num_layers]
 
 
 def depth_weights(sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """Eq. 2-3: the softmax over depth of <query, RMSNorm(source)>, one row a source."""
+    """Eq. 2-3: the softmax over depth of <query, RMSNorm(source)>, one row per source."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     values = torch.stack([source.to(wide) for source in sources])
     keys = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
@@ -130,7 +130,7 @@ def attention_residuals(
 
     ``boundaries`` are the layer counts after which a block closes, the last one the number of layers.
     """
-    blocks: list[Tensor] = [embedding]  # b_0 is a source of its own for ever
+    blocks: list[Tensor] = [embedding]  # b_0 stays a separate source at every position
     partial: Tensor | None = None
     inputs: list[Tensor] = []
     for done in range(len(layers) + 1):

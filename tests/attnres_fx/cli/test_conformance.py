@@ -1,4 +1,4 @@
-"""The conformance suite from the command line: a right implementation passes, a wrong one is told what is wrong."""
+"""The conformance suite from the command line: a right implementation passes, for a wrong one the fault is shown."""
 
 from __future__ import annotations
 

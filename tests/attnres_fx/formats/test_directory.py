@@ -132,7 +132,7 @@ def test_own_models_need_the_model(saved: Path) -> None:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change entries, without the digest that would tell (see test_files.py)."""
+    """Change entries, without the digest that would reveal it (see test_files.py)."""
     content = json.loads(path.read_text())
     content.pop("digest", None)
     path.write_text(json.dumps({**content, **changes}))

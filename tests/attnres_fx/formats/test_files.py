@@ -62,7 +62,7 @@ def test_a_change_that_makes_sense_is_seen(own: Path, edit: Callable[[Path], Non
     with pytest.raises(errors.CheckpointFileError, match="digest differs"):
         attnres_fx.load(own, model=own_model)
     content = json.loads((own / "attnres.json").read_text())
-    del content["digest"]  # as the message says, for those who mean it; files of the first version have none
+    del content["digest"]  # as the message says, for intended changes; files of the first version have none
     (own / "attnres.json").write_text(json.dumps(content))
     attnres_fx.load(own, model=own_model)
 

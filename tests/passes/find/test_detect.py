@@ -38,7 +38,7 @@ def found(model: nn.Module, *args: Any, tracer: str = "dynamo") -> list[Stream]:
 
 
 def only(streams: list[Stream], num_layers: int, terms: int = 1, placement: str = "pre") -> Stream:
-    """The one stream, convertible, of so many layers."""
+    """The one stream, convertible, of this many layers."""
     assert [stream.num_layers for stream in streams] == [num_layers]
     (stream,) = streams
     assert stream.refusal() is None and stream.norm_placement == placement
@@ -188,7 +188,7 @@ def test_nested_residual_inside_a_branch(name: str) -> None:
     additions = [node for stream in streams if stream is not main for node in stream.values[1:]]
     assert not set(additions) & set(main.values)
     if name.startswith("one"):
-        assert streams == (main,), "a single addition inside a branch is no stream of its own"
+        assert streams == (main,), "a single addition inside a branch is not a stream of its own"
 
 
 @pytest.mark.parametrize("read", [
@@ -354,7 +354,7 @@ class SpelledOut(nn.Module):
 
 @pytest.mark.parametrize("num_layers, size", [(4, 4), (4, 2), (4, 3), (8, 4), (16, 2)])
 def test_partial_sums_of_hand_written_mixes_are_no_streams(num_layers: int, size: int) -> None:
-    """Within a block only the partial sum is on the chain; one value of it in a mix is enough to tell."""
+    """Within a block only the partial sum is on the chain; one value of it in a mix is enough evidence."""
     torch._dynamo.reset()
     model, x = SpelledOut(num_layers, size), torch.randn(2, 4, WIDTH)
     assert not any(stream.refusal() is None for stream in found(model, x))

@@ -24,7 +24,7 @@ WIDTH = 16
 
 
 def deep_graph(num_blocks: int) -> fx.Graph:
-    """A pre-norm decoder of so many transformer layers, as Dynamo would hand it over: two residual layers each."""
+    """A pre-norm decoder of this many transformer layers, as Dynamo would hand it over: two residual layers each."""
     graph, mode = fx.Graph(), FakeTensorMode()
     with mode:
         stream, weight = torch.empty(2, 8, WIDTH), torch.empty(WIDTH, WIDTH)

@@ -1,4 +1,4 @@
-"""Fuse: addition, mix and norm become one node where nobody else reads between them, and no value changes."""
+"""Fuse: addition, mix and norm become one node where nothing else reads between them, and no value changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def traced(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
 
 
 def check(function: Callable[..., Any], inputs: list[Tensor], fused: int, added: int, tolerance: float = 1e-5) -> None:
-    """That so many mixes fuse, so many with their addition, and that values and gradients stay."""
+    """Check that this many mixes fuse, this many with their addition, and that values and gradients stay."""
     gm = traced(function, *inputs)
     made = applied(fuse_mixes, gm)
     nodes = fused_nodes(made)

@@ -1,4 +1,4 @@
-"""Budgets choose how many queries phase 1 serves at once, and nothing else."""
+"""Budgets limit how many queries phase 1 serves at once, and nothing else."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ REST = (None, None, None, None, 1e-6, 1.0, False, 1.0, False, 1e-6)  # of mix_no
 
 
 class Written:
-    """A graph over one arena, written by hand; ``row`` is a view of the arena that nobody has written yet."""
+    """A graph over one arena, written by hand; ``row`` is a view of the arena that has not been written yet."""
 
     def __init__(self, numel: int = 4 * SIZE) -> None:
         self.graph = fx.Graph()
@@ -61,7 +61,7 @@ def test_rows_one_after_the_other_are_right() -> None:
     g.mix(one, g.first, g.second)
     g.mix(two, g.first, one)
     late = g.call(aten.mv.default, g.call(aten.view.default, two, [6, 8]), g.query)
-    g.mix(again, g.second, two)  # over a row that nobody reads any more
+    g.mix(again, g.second, two)  # over a row that is no longer read
     g.call(aten.copy_.default, sums, g.call(aten.add.Tensor, again, g.first))
     over = g.row(2 * SIZE)
     g.mix_norm(two, [g.first, sums], g.second, over)  # a partial sum goes on in place
@@ -163,7 +163,7 @@ def beyond_the_end(g: Written) -> None:
     overwritten, overwritten_in_part, read_late, read_before, over_another_order, over_another_source, over_itself_twice,
     mixed_over_a_source, two_in_one, through_a_view, another_layout, beyond_the_end])
 def test_what_is_wrong_is_named(build: Callable[[Written], None]) -> None:
-    named = r"holds another row|in another order|two rows to one|through the view|no row within"
+    named = r"holds another row|in another order|two rows to one|through the view|is not a row within"
     with pytest.raises(LayoutError, match=named) as caught:
         build(Written())
     assert "arena': 'never'" in str(caught.value)

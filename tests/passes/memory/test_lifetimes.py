@@ -27,7 +27,7 @@ from attnres_fx.passes.memory.steps import steps_of_graph
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.runtime.mix import mix
 
-ROW = 128  # bytes a token: 64 elements of two bytes
+ROW = 128  # bytes per token: 64 elements of two bytes
 
 
 def lives(buffers: tuple[Buffer, ...]) -> dict[str, tuple[int, int]]:
@@ -119,7 +119,7 @@ def test_a_run_in_the_arena_finds_every_row(
 
 
 def test_a_run_in_the_arena_sees_a_life_cut_short() -> None:
-    """The run is no formality: with any one life a step shorter, some plan fails in it."""
+    """The run is not a formality: with any one life a step shorter, some plan fails in it."""
     steps = planned_steps([stream_plan(6, 2)], "one-pass")
     buffers = lifetimes(steps, training=False)
     cut = [Buffer(**{**vars(b), "last": b.last - 1}) if b.name == "b_0" else b for b in buffers]
@@ -177,7 +177,7 @@ def test_fused_nodes_save_sums_and_no_norms(wished: str, training: bool) -> None
 
 
 def _in_float32(steps: tuple[Step, ...]) -> list[Step]:
-    """Plans are made for two bytes an element here, the models run in four."""
+    """Plans are made for two bytes per element here, the models run in four."""
     return [replace(step, writes=tuple(
         replace(value, bytes_per_token=value.bytes_per_token * (1 if value.kind == "log-sum-exp" else 2))
         for value in step.writes)) for step in steps]

@@ -93,7 +93,7 @@ def test_a_sum_goes_on_over_the_part_that_it_reads_last() -> None:
     rows = named(rows_of_call(graph_of(build)))
     assert rows["getitem_3"].over is rows["getitem_1"].node
     assert rows["getitem_5"].over is None
-    assert rows["getitem_2"].last == rows["getitem_2"].first  # nobody reads this norm
+    assert rows["getitem_2"].last == rows["getitem_2"].first  # nothing reads this norm
 
 
 def test_a_sum_goes_on_over_no_part_that_it_reads_in_another_order() -> None:
@@ -134,7 +134,8 @@ def test_a_sum_goes_on_over_no_part_that_its_other_operand_is_made_of() -> None:
 
 
 def test_a_row_is_in_use_until_what_is_made_of_it_is_computed() -> None:
-    """A loop over elements is no reader where it stands: Inductor computes it where its result is needed, and again."""
+    """A loop over elements does not read at its place in the graph: Inductor computes it where its result is needed, and
+    again."""
     def build(call: Any, table: Any, ids: Any, first: Any, second: Any, query: Any) -> Any:
         block = call(aten.embedding.default, table, ids)
         normed, partial = fused(call, [block, first], query, second)

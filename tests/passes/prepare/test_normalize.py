@@ -187,7 +187,7 @@ def test_in_place_keeps_the_dtype_of_its_target(tracer: str) -> None:
 
 
 def test_other_sums_are_left_alone() -> None:
-    """Sums of integers, of numbers, of vectors and of a kept dimension are no residual additions."""
+    """Sums of integers, of numbers, of vectors and of a kept dimension are not residual additions."""
 
     class Others(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:

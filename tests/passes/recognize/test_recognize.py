@@ -472,5 +472,5 @@ def test_a_number_that_a_call_changes_is_compiled_anew(
     compiled = torch.compile(function, backend=keep, fullgraph=True)
     for numbers in (first, later, tuple(2 * two - one for one, two in zip(first, later))):
         torch.testing.assert_close(compiled(*tensors, *numbers), function(*tensors, *numbers))
-    # A scale that is no constant is not recognised, and needs no guard.
+    # A scale that is not a constant is not recognised, and needs no guard.
     assert found == expected

@@ -22,7 +22,7 @@ from attnres_fx.runtime.errors import AttnResError, PartitionError
     (12, {"num_blocks": 8}, (2, 4, 6, 8, 10, 12)),
     (3, {"num_blocks": 8}, (1, 2, 3)),  # fewer layers than blocks
     (1, {"num_blocks": 8}, (1,)),
-    (24, {}, (3, 6, 9, 12, 15, 18, 21, 24)),  # eight blocks unless told otherwise
+    (24, {}, (3, 6, 9, 12, 15, 18, 21, 24)),  # eight blocks by default
     (5, {"layers_per_block": 1}, (1, 2, 3, 4, 5)),  # Full
     (5, {"layers_per_block": 3}, (3, 5)),
     (5, {"layers_per_block": 5}, (5,)),
@@ -30,8 +30,8 @@ from attnres_fx.runtime.errors import AttnResError, PartitionError
     (6, {"boundaries": (1, 4, 6)}, (1, 4, 6)),
     (6, {"boundaries": [2]}, (2, 6)),  # the last one may be left out
     (6, {"boundaries": []}, (6,)),
-    (54, {"layers_per_block": 6}, tuple(range(6, 55, 6))),  # 27 transformer layers, 3 a block
-    (186, {"layers_per_block": 24}, (24, 48, 72, 96, 120, 144, 168, 186)),  # 93 transformer layers, 12 a block
+    (54, {"layers_per_block": 6}, tuple(range(6, 55, 6))),  # 27 transformer layers, 3 per block
+    (186, {"layers_per_block": 24}, (24, 48, 72, 96, 120, 144, 168, 186)),  # 93 transformer layers, 12 per block
 ])
 def test_closing_positions(num_layers: int, given_arguments: dict[str, Any], closing: tuple[int, ...]) -> None:
     assert partition(num_layers, **given_arguments) == closing
