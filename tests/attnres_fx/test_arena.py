@@ -174,6 +174,7 @@ def test_an_overlap_is_caught_and_would_be_wrong(monkeypatch: pytest.MonkeyPatch
         assert (fast(model, kernels="reference")(ids(7)) - expected).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_norm_that_is_read_late_through_a_view_that_calls_itself_none(planned: list[Arena]) -> None:
     """Inductor makes a view of ``_unsafe_view``, whose schema promises new memory."""
 

@@ -42,7 +42,7 @@ def test_what_is_returned_lies_elsewhere(pools: list[weakref.ref[ArenaPool]]) ->
 
 @pytest.mark.parametrize("around", [
     torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow),
-    lambda: torch.autocast("cpu", torch.bfloat16)])
+    pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), marks=pytest.mark.slow)])
 def test_modes(around: Callable[[], Any]) -> None:
     model = tower()
     for parameter in model.parameters():
@@ -245,7 +245,7 @@ def simulated_peak(code: str, arena: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])
+@pytest.mark.parametrize("schedule", [pytest.param("one-pass", marks=pytest.mark.slow), "two-phase"])
 def test_an_inference_holds_what_its_schedule_says_and_the_plan_allows(
     planned: list[Arena], pools: list[weakref.ref[ArenaPool]], schedule: str
 ) -> None:

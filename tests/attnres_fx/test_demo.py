@@ -117,6 +117,7 @@ def compare(layers: int, width: int, batch: int, length: int, num_blocks: int, l
     assert norms[-1] > norms[0] > 0 and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_ten_losses_are_those_of_an_independent_reference() -> None:
     compare(layers=2, width=32, batch=4, length=32, num_blocks=3, lr=3e-3)
 

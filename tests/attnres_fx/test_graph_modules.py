@@ -130,8 +130,8 @@ def test_analyze(tracer: str) -> None:
     assert graph.code == before
 
 
-@pytest.mark.parametrize("tracer", ["symbolic", "export", *(pytest.param(tracer, marks=pytest.mark.slow)
-                                                            for tracer in ("export, strict", "make_fx"))])
+@pytest.mark.parametrize("tracer", ["symbolic", *(pytest.param(tracer, marks=pytest.mark.slow)
+                                                  for tracer in ("export", "export, strict", "make_fx"))])
 def test_convert(tracer: str) -> None:
     model, ids = gpt(), models.token_ids(2, 5)
     graph = TRACERS[tracer](model, ids)

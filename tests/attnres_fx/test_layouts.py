@@ -90,7 +90,8 @@ def test_all_layouts_in_turn(blocks: int, start: str, planned: list[Arena]) -> N
     assert sum(len(arena.places) for arena in planned) > len(chosen)  # nothing is right because nothing was placed
 
 
-@pytest.mark.parametrize("start", ["plain", pytest.param("sequence first", marks=pytest.mark.slow), "sliced"])
+@pytest.mark.parametrize("start", [
+    "plain", *(pytest.param(start, marks=pytest.mark.slow) for start in ("sequence first", "sliced"))])
 def test_what_is_returned_or_read_late(start: str) -> None:
     torch.manual_seed(0)
     model = converted(Network("swapped_bare", "viewed" if start == "plain" else "sliced", start=start, hidden=True), ids(),
@@ -123,13 +124,15 @@ def test_an_encoder_of_torch(blocks: int, batch_first: bool) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [
-    pytest.param(torch.contiguous_format, marks=pytest.mark.slow), torch.channels_last], ids=["rows", "channels last"])
+    torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+@pytest.mark.slow
 def test_pictures(memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
     given = torch.randn(2, 3, 5, 4)
     check(converted(Image(memory_format), given, num_blocks=2), given)
 
 
+@pytest.mark.slow
 def test_lengths_that_change() -> None:
     torch.manual_seed(0)
     model = converted(Network("swapped_bare", "attention"), ids(), num_blocks=2)

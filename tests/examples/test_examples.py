@@ -43,6 +43,7 @@ def test_own_model_is_converted(capsys: pytest.CaptureFixture[str]) -> None:
     assert "x + f(x)" in printed and "passed" in printed
 
 
+@pytest.mark.slow
 def test_inference_is_right_at_every_length(capsys: pytest.CaptureFixture[str]) -> None:
     outputs = load_script("examples/inference.py").main()
     assert [output.shape[1] for output in outputs] == [16, 33, 64, 128]

@@ -95,6 +95,7 @@ def test_options_of_the_plan_survive(tmp_path: Path) -> None:
     assert torch.equal(again(ids()), model(ids()))
 
 
+@pytest.mark.slow
 def test_two_streams_and_another_dtype(tmp_path: Path) -> None:
     model = hugging_face("t5").double()
     inputs = {"input_ids": ids(), "decoder_input_ids": ids(), "use_cache": False}

@@ -155,6 +155,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_trainer_saves_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model = converted(use_cache=False)

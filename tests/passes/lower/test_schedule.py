@@ -143,7 +143,8 @@ def test_checkpointed_regions_share_nothing() -> None:
         assert all(user.target is operator.getitem for user in node.users)
 
 
-@pytest.mark.parametrize("wished, grad", [("auto", True), ("two-phase", False)])
+@pytest.mark.parametrize("wished, grad", [
+    ("auto", True), pytest.param("two-phase", False, marks=pytest.mark.slow)])
 def test_compiled_models_are_scheduled(wished: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnres_fx import downstream
 
