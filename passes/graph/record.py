@@ -11,8 +11,9 @@ _KEY = "attnres"  # in the meta of a node
 
 @dataclass(frozen=True)
 class Record:
-    """``role``: "mix", "partial" (a block sum, complete or not) or "phase 1". ``stream`` and ``position`` say which value of
-    which stream it is; a mix that was spelled out by hand has neither. ``sources`` and ``queries`` are counts.
+    """``role``: "mix", "partial" (a block sum, complete or not), "phase 1" or "memory" (what rows share). ``stream`` and
+    ``position`` say which value of which stream it is; a mix that was spelled out by hand has neither. ``sources`` and
+    ``queries`` are counts.
     """
 
     role: str

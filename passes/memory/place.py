@@ -24,6 +24,7 @@ from attnres_fx.passes._compat.graphs import fake_mode_of, schema_of
 from attnres_fx.passes._compat.symbols import hinted, numbers_as_nodes
 from attnres_fx.passes.graph.context import Context
 from attnres_fx.passes.graph.nodes import value_of
+from attnres_fx.passes.graph.record import Record, note, record_of
 from attnres_fx.passes.memory.check_layout import check_layout
 from attnres_fx.passes.memory.check_places import check_arena
 from attnres_fx.passes.memory.layout import ALIGNMENT, Layout, Placement, plan_layout
@@ -35,6 +36,7 @@ from attnres_fx.runtime.products import PRODUCTS
 
 log = logging.getLogger(__name__)
 
+MEMORY = Record("memory")  # the note on the memory that rows share
 _WRITES: dict[Any, Any] = {**INTO, **PRODUCTS}
 
 Number = Any  # int or torch.SymInt
@@ -63,6 +65,8 @@ def place_rows(graph: fx.Graph, context: Context) -> int:
     In a call without a backward rows share the bytes of one arena, which a pool may lend for it. In the forward of a
     training step, the blocks that are kept for its backward share one piece of memory.
     """
+    if any(record_of(node) == MEMORY for node in graph.nodes):
+        return 0  # its rows have their places
     if context.returned is None:
         return _place(graph, rows_of_call(graph), _leased)
     return _place(graph, rows_for_backward(graph, context.returned), _owned)
@@ -186,6 +190,7 @@ def _place(graph: fx.Graph, rows: Sequence[Row], memory_for: Callable[[fx.Graph,
         begin = min(place.row.maker for place in arena.places)
         with graph.inserting_before(begin):
             memory = memory_for(graph, arena, begin, number)
+        note(memory, MEMORY)
         memories.append(memory)
         for place in arena.places:
             outputs.setdefault(place.row.maker, {})[place.row.index] = memory, place

@@ -101,7 +101,7 @@ def test_200_transformer_layers_in_time() -> None:
 def test_time_is_linear() -> None:
     seconds(5, 1)
     once, twice = seconds(100), seconds(200)
-    assert twice <= 2.5 * once + 0.02
+    assert twice <= 3 * once + 0.02  # four times is a square
 
 
 def test_memory_a_node_does_not_grow() -> None:
