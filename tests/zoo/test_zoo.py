@@ -17,6 +17,7 @@ from support.zoo_cases import ZOO, ZooCase
 import attnres_fx
 from attnres_fx.analysis import report_of
 from attnres_fx.errors import StreamRefusedError
+from attnres_fx.passes.findings import find
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.reports.memory import plan_memory
 
@@ -109,7 +110,7 @@ def test_analyze_exported(name: str, strict: bool) -> None:
     model, args, kwargs = case.build()
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, strict=strict)
-    report = report_of(program.module(check_guards=False))  # type: ignore[arg-type]
+    report = report_of(find(program.module(check_guards=False)))  # type: ignore[arg-type]
     facts(case, report)
     record(name, "strict export" if strict else "export", [s.num_layers for s in report.streams], "-",
            report.streams[0].norm_placement, started)
