@@ -41,7 +41,7 @@ def test_pieces_of_gradients_make_up_those_of_all_samples(found: dict[str, Any],
 
 
 @pytest.mark.parametrize("mode, told", [
-    ("sequence parallel", "ShardedStreamError: every process holds but a share of stream 'stream'"),
+    ("sequence parallel", "ShardedStreamError: every process has only a share of stream 'stream'"),
     ("distributed stream", "ShardedStreamError: stream 'stream' is a distributed tensor"),
     ("DDP, ignored", "UnreducedGradientsError: the gradient of the query of stream 'stream'"),
     ("DDP, converted within", "DistributedDataParallel around the model does not know this parameter"),
