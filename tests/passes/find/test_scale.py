@@ -67,7 +67,7 @@ def convert(graph: fx.Graph, num_layers: int) -> None:
 
 
 def seconds(num_blocks: int, repeats: int = 3) -> float:
-    """Processor time, the least of three: other work on the machine does not count."""
+    """Processor time, the least of several: other work on the machine does not count."""
     found = []
     for _ in range(repeats):
         graph = deep_graph(num_blocks)
@@ -100,8 +100,8 @@ def test_200_transformer_layers_in_time() -> None:
 
 def test_time_is_linear() -> None:
     seconds(5, 1)
-    once, twice = seconds(100), seconds(200)
-    assert twice <= 3 * once + 0.02  # four times is a square
+    once, twice = seconds(100, 5), seconds(200, 5)
+    assert twice <= 2.5 * once + 0.02
 
 
 def test_memory_a_node_does_not_grow() -> None:
