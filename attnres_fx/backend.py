@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import fx
 
+from attnres_fx.by_value import can_run, is_running, switch
+from attnres_fx.converted import STREAMS
 from attnres_fx.downstream import compile_downstream
 from attnres_fx.one_line import convert_while_compiling, refuse_given_up
 from attnres_fx.options import Options
-from attnres_fx.passes._compat.dynamo import watch_given_up_frames
+from attnres_fx.passes._compat.dynamo import compiling_frame, graph_break_reason, restart_tracing, watch_given_up_frames
 from attnres_fx.passes.findings import find
 from attnres_fx.passes.pipeline import PREPARE, REWRITE
 from attnres_fx.passes.rewrite.match import markers_of, plans_of_markers
@@ -23,7 +25,7 @@ from attnres_fx.passes.rewrite.partition import partition
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.passes.rewrite.transforms import refusal_of_transform
 from attnres_fx.reduction import hold_to_reduction, stream_inputs
-from attnres_fx.runtime.errors import AttnResError, OptionError
+from attnres_fx.runtime.errors import AttnResError, GraphBreakError, OptionError, SplitStreamError
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +50,14 @@ def attnres(
         try:
             return _compile_marked(gm, example_inputs, chosen)
         except Exception as error:
+            if isinstance(error, (GraphBreakError, SplitStreamError)):
+                _run_by_value(gm, error)
             refusal = None if isinstance(error, AttnResError) else refusal_of_transform(gm.graph)
             if refusal is None:
                 raise
             raise refusal from error
+    if is_running():  # a piece of a converted model, whose streams pass through it as values
+        return compile_downstream(gm, example_inputs, chosen)
     found = find(gm, chosen.context(training=False))
     if found.mixes:
         log.info("recognised %d hand-written mixes of up to %d sources", len(found.mixes),
@@ -67,6 +73,20 @@ def _compile_marked(gm: fx.GraphModule, inputs: Sequence[Any], options: Options)
         log.info("rewriting stream '%s': %d layers in %d blocks, mix_scale %s", plan.name, plan.num_layers, plan.num_blocks,
                  plan.mix_scale)
     return hold_to_reduction(compile_downstream(gm, inputs, options, (*PREPARE, *REWRITE)), stream_inputs(gm))
+
+
+def _run_by_value(gm: fx.GraphModule, error: AttnResError) -> None:
+    """Where a break cuts the streams that ``gm`` marks, have their owners run by value, and trace the frame again."""
+    frame = compiling_frame()
+    if graph_break_reason(gm) is None or frame is None:
+        return
+    plans = {str(marker.args[2]) for marker in markers_of(gm.graph)}
+    owners = [part for module in frame.modules for part in module.modules()
+              if plans & set(part.__dict__.get(STREAMS, {}).values())]
+    if owners and all(can_run(owner) for owner in owners):
+        for owner in owners:
+            switch(owner, error)
+        restart_tracing("attnres_fx runs the model by value")
 
 
 def _check_fixed(plan: StreamPlan, options: Options) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import fx, nn
 
 from attnres_fx.adapters import host_of, train_with_adapters
+from attnres_fx.by_value import record_starts, witnessed
 from attnres_fx.converted import PART, ROOT, STREAMS, device_of, is_converted_class, new_parameters, original_class
 from attnres_fx.graph_modules import convert_graph
 from attnres_fx.passes._compat.dynamo import unwrap
+from attnres_fx.passes.find.additions import witnesses_of
 from attnres_fx.passes.findings import find, find_marked
 from attnres_fx.passes.graph.capture import capture
 from attnres_fx.passes.rewrite.match import markers_of
@@ -25,6 +27,7 @@ from attnres_fx.runtime.errors import (
     PlainPathError,
 )
 from attnres_fx.runtime.parameters import CONTAINER, streams_of
+from attnres_fx.runtime.stream import BY_VALUE, SITE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,8 +93,11 @@ def convert(
     dtype = param_dtype or parameter_dtype(host)
     attach(host, plans, dtype)
     try:
-        lowered, _ = capture(inner, as_args(args), kwargs or {})
-        find_marked(lowered).rewritten()
+        with witnessed(host, plans):
+            lowered, _ = capture(inner, as_args(args), kwargs or {})
+        marked = find_marked(lowered)
+        record_starts(host, marked, witnesses_of(marked.gm.graph))
+        marked.rewritten()
     except BaseException:
         detach(host)
         raise
@@ -145,6 +151,8 @@ def attach(model: nn.Module, plans: Sequence[StreamPlan], dtype: torch.dtype) ->
             if plan.owner == path:
                 for site, _ in plan.sites:
                     module = _submodule(owner, site)
+                    if module is not None:
+                        module.__dict__[SITE] = tuple(dict.fromkeys((*module.__dict__.get(SITE, ()), site)))
                     if module is not None and module is not owner:
                         module.__dict__[PART] = path or type(model).__name__
     if model not in owners.values():
@@ -155,7 +163,7 @@ def detach(model: nn.Module) -> None:
     """Undo :func:`attach`."""
     for module in list(model.modules()):
         module.__class__ = original_class(type(module))
-        for name in (STREAMS, ROOT, PART, "_attnres_runner"):
+        for name in (STREAMS, ROOT, PART, SITE, BY_VALUE, "_attnres_runner"):
             module.__dict__.pop(name, None)
     del model._modules[CONTAINER]
 

@@ -69,7 +69,8 @@ def plan_streams(
                             boundaries=_boundaries_of(stream, boundaries, len(chosen)))
         plan = StreamPlan(
             name=stream.name, owner=owner, num_layers=stream.num_layers, width=stream.width, boundaries=closing,
-            sites=_sites_below(stream, model, owner, spelled), eps=float(eps), mix_scale=mix_scale, key_gain=key_gain)
+            sites=_sites_below(stream, model, owner, spelled), eps=float(eps), mix_scale=mix_scale, key_gain=key_gain,
+            additions=found.additions(stream))
         if not any(other.owner == plan.owner and other.sites == plan.sites for other in plans):
             plans.append(plan)  # a module called twice is one stream with one set of parameters
     return plans

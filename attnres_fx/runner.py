@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnres_fx.by_value import can_run, run_by_value, runs_by_value, switch
 from attnres_fx.converted import ROOT, STREAMS
 from attnres_fx.passes._compat.dynamo import (
     compile_whole,
@@ -42,7 +43,7 @@ from attnres_fx.passes.lower.recomputation import holds_checkpoint
 from attnres_fx.passes.pipeline import PREPARE, REWRITE, run
 from attnres_fx.passes.rewrite.match import markers_of
 from attnres_fx.reduction import hold_to_reduction, stream_inputs
-from attnres_fx.runtime.errors import AttnResError, PartOfConvertedError, PlainPathError, SitesChangedError
+from attnres_fx.runtime.errors import AttnResError, GraphBreakError, PartOfConvertedError, PlainPathError, SitesChangedError
 from attnres_fx.runtime.marker import ENTER
 from attnres_fx.runtime.parameters import stream_parameters
 
@@ -120,11 +121,12 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
             return _run(module, base, args, kwargs, retries - 1)
         if isinstance(inner, AttnResError):
             raise inner from None
-        if is_recompile_limit(error):
-            raise SitesChangedError(
-                "the converted model was retraced too often, each time for a new kind of inputs or module states",
-                remedy="call it with fewer kinds of inputs, or raise torch._dynamo.config.recompile_limit") from error
-        translated = translate(error)
+        translated = translate(error) if not is_recompile_limit(error) else SitesChangedError(
+            "the converted model was retraced too often, each time for a new kind of inputs or module states",
+            remedy="call it with fewer kinds of inputs, or raise torch._dynamo.config.recompile_limit")
+        if isinstance(translated, (GraphBreakError, SitesChangedError)) and can_run(module):
+            switch(module, translated)
+            return run_by_value(module, base, args, kwargs)
         if translated is error:
             raise
         raise translated from error
@@ -164,6 +166,8 @@ def _generated_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
     if owns:
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if runs_by_value(self):
+                return run_by_value(self, base, args, kwargs)
             if is_traced():
                 enter_streams(self)
                 return base.forward(self, *args, **kwargs)

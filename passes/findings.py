@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from attnres_fx.passes.find.additions import additions_of, overwritten
 from attnres_fx.passes.find.detect import detect
 from attnres_fx.passes.find.streams import Stream, moved
 from attnres_fx.passes.graph.context import Context
@@ -22,18 +23,24 @@ from attnres_fx.passes.rewrite.rewrite import rewrite
 class Findings:
     """A prepared graph in which the mixes that were spelled out are nodes, its residual streams, and those mixes.
 
-    ``gm`` is only read: to change it, take a copy.
+    ``gm`` is only read: to change it, take a copy. ``overwritten`` are the places where an addition in place
+    changes what is read later.
     """
 
     gm: fx.GraphModule
     streams: tuple[Stream, ...]
     mixes: tuple[Recognized, ...]
+    overwritten: frozenset[str] = frozenset()
+
+    def additions(self, stream: Stream) -> tuple[int, ...] | None:
+        """For each layer of ``stream`` the additions to it; None if the stream cannot be run by value."""
+        return additions_of(stream, self.overwritten)
 
 
 def find(gm: fx.GraphModule, context: Context | None = None) -> Findings:
     """What is found in ``gm``, the graph of a plain model. ``gm`` stays unchanged."""
     prepared, _ = run_on_copy((*PREPARE, *RECOGNIZE), gm, context or Context())
-    return Findings(prepared, detect(prepared.graph), tuple(recognized(prepared.graph)))
+    return Findings(prepared, detect(prepared.graph), tuple(recognized(prepared.graph)), overwritten(gm.graph))
 
 
 @dataclass(frozen=True)

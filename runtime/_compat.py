@@ -6,9 +6,11 @@ Written against torch 2.11 to 2.15. A new torch release is supported when these 
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,3 +70,19 @@ def stream_id(device: torch.device) -> int:
 def is_capturing(device: torch.device) -> bool:
     """Whether a graph of GPU work is being captured, which owns the memory that is allocated meanwhile."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def inside_autograd_function() -> bool:
+    """Whether a torch.autograd.Function is running its forward, in which autograd records nothing."""
+    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is apply:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def saved_tensor_hooks() -> Any:
+    """What tells one checkpointed region, and its recomputation, from another: the hooks that keep what autograd saves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -45,6 +45,11 @@ class StreamParameters(nn.Module):
             if gain is not None:
                 gain.fill_(1)
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Query and key gain. A call, so that hooks that bring the weights run; copies, since they may take them away."""
+        gain: torch.Tensor | None = self.key_gain
+        return self.query.clone(), None if gain is None else gain.clone()
+
     def extra_repr(self) -> str:
         positions, width = self.query.shape
         return f"{positions - 1} layers, width {width}{'' if self.key_gain is not None else ', no key gain'}"
@@ -77,9 +82,12 @@ class AttnRes(nn.Module):
                           stacklevel=2)
         return super().state_dict(*args, **kwargs)
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """The value itself: a model that calls its children in turn, as ``nn.Sequential`` does, passes through this one."""
-        return value
+    def forward(self, value: Any) -> Any:
+        """Of the name of a stream, its query and key gain.
+
+        Anything else is returned: a model that calls its children in turn, as ``nn.Sequential`` does, passes through it.
+        """
+        return self.streams[value]() if isinstance(value, str) else value
 
     @property
     def streams(self) -> dict[str, StreamParameters]:

@@ -60,6 +60,19 @@ def reduces(module: nn.Module, parameter: Tensor) -> bool | None:
     return None
 
 
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Whether a parameter below ``module`` is a distributed tensor of its own, and not only by fully_shard."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    params = [param for part in module.modules() if isinstance(part, FSDPModule) for group in _groups(part)
+              for param in group.fsdp_params]
+    if any(param.is_dtensor for param in params):
+        return True
+    sharded = {id(param.sharded_param) for param in params}
+    return any(isinstance(parameter, DTensor) and id(parameter) not in sharded for parameter in module.parameters())
+
+
 def wrapper_name(module: nn.Module) -> str:
     """The users' name for a wrapper that reduces gradients. ``fully_shard`` generates a class for every model."""
     from torch.distributed.fsdp import FSDPModule

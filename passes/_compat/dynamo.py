@@ -57,6 +57,17 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() and any(mode is not None for mode in modes)
 
 
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` kept out of graphs: it runs in Python, and what it calls is compiled as ever."""
+    kept: Callable[..., Any] = torch._dynamo.disable(function, recursive=False)
+    return kept
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called on a part of ``module``."""
+    return any(part._compiled_call_impl is not None for part in module.modules() if part is not module)
+
+
 # Dynamo's settings for one trace apply to the whole process: one thread traces at a time.
 _TRACING = threading.RLock()
 _CAPTURED: ContextVar[bool] = ContextVar("captured", default=False)

@@ -17,12 +17,13 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from attnres_fx.runtime.marker import ENTER
+from attnres_fx.runtime.marker import ENTER, WITNESS
 
 __all__ = ["HigherOrderOperator", "OpOverload", "OpOverloadPacket", "pytree", "trace_structured"]
 
 # Dead-code elimination must keep the marker, or other backends would silently run the plain network.
 fx.node.has_side_effect(ENTER)
+fx.node.has_side_effect(WITNESS)
 
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "compile_subgraph_reason", "_backend_id")
 

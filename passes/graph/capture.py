@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
@@ -20,6 +21,7 @@ from attnres_fx.passes._compat.transformers import install_output_capture
 from attnres_fx.passes.graph.edit import copy_graph_module
 from attnres_fx.passes.graph.graph_breaks import explain_break, known_remedy
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
+from attnres_fx.runtime.stream import BY_VALUE
 
 pass_over_requires_grad()
 
@@ -50,7 +52,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     install_output_capture(model, kwargs)
     try:
-        with tracing_alone():
+        with tracing_alone(), as_one_graph(model):
             compile_whole(call, _stop, dynamic=False)(*args, **kwargs)
     except Exception as error:
         inner = inner_error(error)
@@ -65,6 +67,17 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         "nothing was traced: the model ran without a graph",
         remedy="check that torch.compile is not disabled (TORCHDYNAMO_DISABLE, torch.compiler.disable, set_stance)",
     )
+
+
+@contextmanager
+def as_one_graph(model: nn.Module) -> Iterator[None]:
+    """Have the parts of ``model`` that run by value be traced into the graph meanwhile."""
+    switched = [part for part in model.modules() if part.__dict__.pop(BY_VALUE, False)]
+    try:
+        yield
+    finally:
+        for part in switched:
+            part.__dict__[BY_VALUE] = True
 
 
 _USER_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')

@@ -21,7 +21,9 @@ class StreamPlan:
     """One converted stream.
 
     ``owner`` is the path of the lowest module that owns all its additions; ``sites`` are (path below the owner, call
-    ordinal), one per layer; ``boundaries`` are the positions at which blocks close, the last one L.
+    ordinal), one per layer; ``boundaries`` are the positions at which blocks close, the last one L. ``additions`` counts,
+    for each layer, the additions of which the stream is an operand, and ``start`` is (path below the owner, argument by
+    number or name) of the module that is handed b_0; None where the stream cannot be run by value.
     """
 
     name: str
@@ -33,6 +35,8 @@ class StreamPlan:
     eps: float
     mix_scale: str
     key_gain: bool
+    additions: tuple[int, ...] | None = None
+    start: tuple[str, str] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -60,6 +64,8 @@ class StreamPlan:
                 **content,
                 "boundaries": tuple(int(b) for b in content["boundaries"]),
                 "sites": tuple((str(path), int(ordinal)) for path, ordinal in content["sites"]),
+                "additions": None if content.get("additions") is None else tuple(int(n) for n in content["additions"]),
+                "start": None if content.get("start") is None else (str(content["start"][0]), str(content["start"][1])),
             })
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointFileError(f"the plan of a stream cannot be read: {error}") from error
@@ -73,6 +79,8 @@ class StreamPlan:
             raise CheckpointFileError(f"the plan of stream '{plan.name}' has the width {plan.width} and the eps {plan.eps}")
         if plan.sites != sites_of([path for path, _ in plan.sites]):
             raise CheckpointFileError(f"the plan of stream '{plan.name}' miscounts the calls of its layers")
+        if plan.additions is not None and (len(plan.additions) != plan.num_layers or min(plan.additions) < 1):
+            raise CheckpointFileError(f"the plan of stream '{plan.name}' miscounts the additions of its layers")
         if plan.mix_scale not in MIX_SCALES:
             raise CheckpointFileError(f"the plan of stream '{plan.name}' has an unknown mix_scale {plan.mix_scale!r}")
         return plan

@@ -7,6 +7,7 @@ pass for rounding. :mod:`test_properties` holds the rewrite itself to the defini
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 
 import attnres_fx
 from attnres_fx.backend import attnres
+from attnres_fx.by_value import can_run
 from attnres_fx.downstream import compile_downstream
 from attnres_fx.options import Options
 from attnres_fx.passes.find.detect import detect
-from attnres_fx.passes.graph.capture import capture
+from attnres_fx.passes.graph.capture import as_one_graph, capture
 from attnres_fx.passes.rewrite.partition import partition
+from attnres_fx.runtime.errors import SitesChangedError, SplitStreamError
+from attnres_fx.runtime.stream import BY_VALUE
 
 Check = Callable[[Spec, dict[str, Any]], None]
 
@@ -86,6 +90,39 @@ def check_backend(spec: Spec, options: dict[str, Any]) -> None:
     training, slow = (attnres(graph, inputs, options=each) for each in (options, REFERENCE))
     check_both(network, inference, training, slow, inputs, {}, bound)
     return None
+
+
+# The spellings of an addition that is seen as one when the stream is a value.
+PLAIN = ("x + f", "f + x", "torch.add", "alpha", "iadd", "add_", "f += x", "sum")
+
+
+def plain(name: str) -> Spec:
+    """A network whose additions are spelled plainly; every other one as it is drawn."""
+    chance = Random(name)
+    spec = draw(chance)
+    if chance.random() < 0.3:
+        return spec
+    return replace(spec, injection=None,
+                   layers=tuple(replace(layer, spelling=chance.choice(PLAIN)) for layer in spec.layers))
+
+
+def by_value(spec: Spec) -> str:
+    """How a network ends whose streams are values, called eagerly: "right", or why it is not run so."""
+    network, ids, bound = converted(spec)
+    if not can_run(network):
+        return "not served"
+
+    def whole(*args: Tensor) -> Any:
+        with as_one_graph(network):
+            return network(*args)
+
+    network.__dict__[BY_VALUE] = True
+    try:
+        network(ids)
+    except (SplitStreamError, SitesChangedError):
+        return "refused"
+    check_both(network, network, network, whole, (ids,), {}, bound)
+    return "right"
 
 
 def check_graph(spec: Spec, options: dict[str, Any]) -> None:
@@ -164,3 +201,17 @@ def test_random_networks_through_aot_eager() -> None:
 def test_many_random_networks_through_aot_eager(shard: int) -> None:
     """2,000 networks."""
     run_random(check_graph, by_aot_eager, 40, shard)
+
+
+def test_random_networks_by_value() -> None:
+    """Right with all gradients, or one of our errors; never wrong."""
+    ends = Counter(by_value(plain(f"by value {index}")) for index in range(12))
+    assert ends["right"] >= 6, ends
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("shard", range(10))
+def test_many_random_networks_by_value(shard: int) -> None:
+    """400 networks."""
+    ends = Counter(by_value(plain(f"by value {shard} {index}")) for index in range(40))
+    assert ends["right"] >= 20, ends

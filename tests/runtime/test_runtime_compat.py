@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnres_fx.runtime import _compat
@@ -75,3 +77,30 @@ def test_checks_raise_what_they_are_named_for() -> None:
         _compat.check_value(False, lambda: "a value")
     with pytest.raises(TypeError, match="a type"):
         _compat.check_type(False, lambda: "a type")
+
+
+def test_inside_autograd_function_is_seen() -> None:
+    seen = []
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            seen.append(_compat.inside_autograd_function())
+            return x * 1
+
+    Function.apply(torch.ones(2))
+    with torch.no_grad():
+        seen.append(_compat.inside_autograd_function())
+    assert seen == [True, False]
+
+
+def test_saved_tensor_hooks_tell_a_checkpointed_region_from_its_recomputation() -> None:
+    seen = [_compat.saved_tensor_hooks()]
+
+    def region(x: Tensor) -> Tensor:
+        seen.append(_compat.saved_tensor_hooks())
+        return x.sin()
+
+    torch.utils.checkpoint.checkpoint(region, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    outside, forward, recomputed = seen
+    assert outside is None and forward is not None and recomputed is not None and forward != recomputed

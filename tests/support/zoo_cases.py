@@ -67,7 +67,9 @@ def _inputs(kind: str, config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class ZooCase:
-    """A model and its answer. ``rewritable``: at zero queries the paper's mix preserves the function."""
+    """A model and its answer. ``rewritable``: at zero queries the paper's mix preserves the function. ``by_value``: the
+    stream can be a value.
+    """
 
     build: Callable[[], Built]
     layers: tuple[int, ...]
@@ -76,6 +78,7 @@ class ZooCase:
     rewritable: bool = True
     convertible: bool = True
     refusal: str = ""
+    by_value: bool = True
 
 
 def _hugging_face(name: str, kind: str, settings: dict[str, Any]) -> Callable[[], Built]:
@@ -216,9 +219,9 @@ ZOO: dict[str, ZooCase] = {
     "bart": _hf("BartForConditionalGeneration", (6, 9), kind="encoder-decoder", family="encoder-decoder", **_POST),
     "whisper": _hf("WhisperForConditionalGeneration", (6, 9), kind="spectrum", settings={"decoder_start_token_id": 1},
                    family="encoder-decoder"),
-    "qwen3_vl_text": ZooCase(_deepstack, (6,), family="injected features"),
+    "qwen3_vl_text": ZooCase(_deepstack, (6,), family="injected features", by_value=False),
     "x_transformers_reinject": ZooCase(_x_transformers(reinject_input=True), (6,), family="injected features",
-                                       rewritable=False),
+                                       by_value=False, rewritable=False),
     "deepseek_v4": _hf("DeepseekV4ForCausalLM", **_LANES),
     "x_transformers_lanes": ZooCase(_x_transformers(num_residual_streams=2), (6,), **_LANES),
     "x_transformers_gru": ZooCase(_x_transformers(gate_residual=True), (6,), placement="gated", family="lanes and gates",

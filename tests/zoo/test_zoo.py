@@ -5,21 +5,25 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import models
-from support.comparison import REFERENCE, check_both, disturbed
+from support.comparison import REFERENCE, agree, check_both, disturbed, trained
 from support.zoo_cases import ZOO, ZooCase
 
 import attnres_fx
 from attnres_fx.analysis import report_of
-from attnres_fx.errors import StreamRefusedError
+from attnres_fx.by_value import can_run
+from attnres_fx.converted import STREAMS
+from attnres_fx.errors import SitesChangedError, StreamRefusedError
 from attnres_fx.passes.findings import find
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.reports.memory import plan_memory
+from attnres_fx.runtime.stream import BY_VALUE
 
 pytestmark = pytest.mark.zoo
 
@@ -116,8 +120,15 @@ def test_analyze_exported(name: str, strict: bool) -> None:
            report.streams[0].norm_placement, started)
 
 
-@pytest.mark.parametrize("mix_scale", ["paper", "sum"])
-@pytest.mark.parametrize("num_blocks", [2, 99], ids=["blocks", "full"])
+def elsewhere(condition: bool) -> Any:
+    """Marks of what ``make test-many`` runs: the same code, met by the other combinations of the same model."""
+    return pytest.mark.many if condition else ()
+
+
+@pytest.mark.parametrize(("num_blocks", "mix_scale"), [
+    pytest.param(blocks, scale, id=f"{'blocks' if blocks == 2 else 'full'}-{scale}",
+                 marks=elsewhere((blocks == 2) != (scale == "paper")))
+    for blocks in (2, 99) for scale in ("paper", "sum")])
 @pytest.mark.parametrize("name", list(ZOO))
 def test_convert(name: str, num_blocks: int, mix_scale: str) -> None:
     torch._dynamo.reset()
@@ -145,6 +156,37 @@ def test_convert(name: str, num_blocks: int, mix_scale: str) -> None:
         assert attnres_fx.verify(model, args, kwargs).passed
     record(name, "dynamo", [s.query.shape[0] - 1 for s in model.attnres.streams.values()], "yes",
            f"{deviation:.0e} ({mix_scale}, {'full' if num_blocks == 99 else '2 blocks'})", started)
+    if num_blocks == 2 and mix_scale == "paper":
+        check_by_value(name, model, args, kwargs)
+
+
+def check_by_value(name: str, model: Any, args: Any, kwargs: Any) -> None:
+    """Called eagerly with its streams as values: results and all gradients are those of the graph, in float64."""
+    if ZOO[name].family == "state space":  # which are traced token by token
+        args = (args[0][:, :5],)
+    disturbed(model)
+    owners = [module for module in model.modules() if STREAMS in module.__dict__]
+    if not ZOO[name].by_value:
+        if all(can_run(owner) for owner in owners):
+            with pytest.raises(SitesChangedError), as_values(owners):
+                model(*args, **kwargs)
+        return
+    assert owners and all(can_run(owner) for owner in owners)
+    expected = trained(model, model, *args, **kwargs)
+    with as_values(owners):
+        # A part of some models computes in float32.
+        agree(trained(model, model, *args, **kwargs), expected, 1e-10 if all(
+            value.dtype == torch.float64 for value in expected.values()) else 1e-6)
+
+
+@contextmanager
+def as_values(owners: list[Any]) -> Iterator[None]:
+    """Have ``owners`` run by value meanwhile."""
+    for owner in owners:
+        owner.__dict__[BY_VALUE] = True
+    yield
+    for owner in owners:
+        del owner.__dict__[BY_VALUE]
 
 
 def check_memory_plans(model: Any) -> None:
@@ -155,8 +197,10 @@ def check_memory_plans(model: Any) -> None:
         assert 0 < layout.lower_bound <= layout.arena <= 1.05 * layout.lower_bound, (training, schedule, layout.ratio)
 
 
-@pytest.mark.parametrize("num_blocks", [3, 99], ids=["blocks", "full"])
-@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.convertible])
+@pytest.mark.parametrize(("name", "num_blocks"), [
+    pytest.param(name, blocks, id=f"{name}-{'blocks' if blocks == 3 else 'full'}",
+                 marks=elsewhere((index % 2 == 0) == (blocks == 3)))
+    for index, name in enumerate(name for name, case in ZOO.items() if case.convertible) for blocks in (3, 99)])
 def test_compiled(name: str, num_blocks: int) -> None:
     """With all defaults (Inductor, arena, fusion): values, and all gradients of a training step, are the reference's."""
     torch._dynamo.reset()

@@ -205,3 +205,52 @@ def test_what_transformers_installs_within_a_call() -> None:
     variable, collected = transformers.output_collector() or (None, "unknown")
     assert variable is not None and collected is None
     assert not transformers.is_capture_break(ValueError()) and not transformers.is_collector_break(ValueError())
+
+
+def test_outside_graphs_runs_in_python_and_what_it_calls_is_compiled() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def inner(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @dynamo.outside_graphs
+    def outer(x: Tensor) -> Tensor:
+        assert not torch.compiler.is_dynamo_compiling()
+        return inner(x)
+
+    def whole(x: Tensor) -> Tensor:
+        return outer(x + 1) + 1
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(whole, backend=backend)(torch.zeros(2)), torch.ones(2).sin() + 1)
+    assert [len([n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]) for gm in graphs] == [1, 1, 1]
+
+
+def test_has_compiled_parts() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert not dynamo.has_compiled_parts(model)
+    model.compile()
+    assert not dynamo.has_compiled_parts(model)
+    model[0].compile()
+    assert dynamo.has_compiled_parts(model)
+
+
+def test_is_tensor_parallel(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        assert not distributed.is_tensor_parallel(model)
+        fully_shard(model[0], mesh=mesh)
+        assert not distributed.is_tensor_parallel(model)
+        parallelize_module(model[1], mesh, ColwiseParallel())
+        assert distributed.is_tensor_parallel(model)
+    finally:
+        torch.distributed.destroy_process_group()

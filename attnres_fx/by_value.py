@@ -1,0 +1,250 @@
+"""Run a converted model by value: its streams are :class:`attnres_fx.runtime.stream.Stream` objects between the layers.
+
+The way for calls of which no whole graph can be had: hooks between layers that move weights (fully_shard, offloading),
+code that leaves the graph (host routing, caches in pages, messages), transforms of torch.func. The owner of a stream runs
+its own forward; the outermost module below it that holds the first layer receives the stream in place of the embedding b_0.
+At the end every layer must have been passed, or the call raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnres_fx.converted import ROOT, STREAMS
+from attnres_fx.passes._compat.distributed import in_parallel, is_tensor_parallel
+from attnres_fx.passes._compat.dynamo import has_compiled_parts, is_traced, outside_graphs
+from attnres_fx.passes._compat.graphs import pytree
+from attnres_fx.passes.find.additions import starts_of
+from attnres_fx.passes.findings import Marked
+from attnres_fx.passes.rewrite.plan import StreamPlan
+from attnres_fx.reduction import refuse_unreduced
+from attnres_fx.runtime.errors import ShardedStreamError, SplitStreamError
+from attnres_fx.runtime.marker import WITNESS
+from attnres_fx.runtime.parameters import CONTAINER, AttnRes, stream_parameters, streams_of
+from attnres_fx.runtime.stream import BY_VALUE, Passage, Stream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One call of an owner: its plans by the module that is handed b_0, and the streams that have begun."""
+
+    owner: nn.Module
+    waiting: dict[int, StreamPlan]
+    passages: dict[str, Passage]
+
+
+_RUNS: ContextVar[tuple[Run, ...]] = ContextVar("attnres_runs", default=())
+
+
+def is_running() -> bool:
+    """Whether a converted model is running by value in this context."""
+    return bool(_RUNS.get())
+
+
+def runs_by_value(module: nn.Module) -> bool:
+    """Whether the owner ``module`` runs by value: it was switched, or its layers are compiled one by one.
+
+    An exported program is one graph in any case.
+    """
+    if BY_VALUE in module.__dict__:
+        return not torch.compiler.is_exporting()
+    return not is_traced() and has_compiled_parts(module) and can_run(module)
+
+
+def switch(module: nn.Module, cause: Exception) -> None:
+    """Have the owner ``module`` run by value from now on, since no whole graph of it can be had for the given ``cause``."""
+    module.__dict__[BY_VALUE] = True
+    log.warning("%s runs by value from now on, layer by layer, and not as one graph: %s. Its numbers are the same; the norm "
+                "behind a mix is fused with it only in pieces that are compiled", type(module).__name__,
+                str(cause).splitlines()[0])
+
+
+def can_run(module: nn.Module) -> bool:
+    """Whether every stream that ``module`` owns can be run by value."""
+    return all(plan.additions is not None and _entry(module, plan) is not None for plan in _plans(module).values())
+
+
+@outside_graphs
+def run_by_value(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``base.forward`` of the owner ``module``, its streams as values. Raises SplitStreamError, SitesChangedError."""
+    plans = _plans(module)
+    waiting = {}
+    for plan in plans.values():
+        entry = _entry(module, plan)
+        if entry is None:
+            raise SplitStreamError(f"stream '{plan.name}' begins in no module below '{type(module).__name__}'",
+                                   remedy="leave the layers of the model where they were when it was converted")
+        kind: Any = type(entry)
+        entry.__class__ = entry_class(kind)
+        entry.__dict__[BY_VALUE] = True
+        waiting[id(entry)] = plan
+    run = Run(module, waiting, {})
+    with _running(run):
+        outputs = base.forward(module, *args, **kwargs)
+        if pytree.tree_any(lambda leaf: isinstance(leaf, Stream), outputs):
+            outputs = pytree.tree_map_only(Stream, lambda stream: stream.value(), outputs)
+    for name in plans:
+        passage = run.passages.get(name)
+        if passage is None:
+            raise SplitStreamError(f"this call did not reach the first layer of stream '{name}'",
+                                   remedy="call the model as it was converted")
+        passage.check_complete()
+        passage.over = True
+    return outputs
+
+
+@contextmanager
+def _running(run: Run) -> Iterator[None]:
+    token = _RUNS.set((*_RUNS.get(), run))
+    try:
+        yield
+    finally:
+        _RUNS.reset(token)
+
+
+@functools.cache
+def _plan(text: str) -> StreamPlan:
+    return StreamPlan.from_json(text)
+
+
+def _plans(module: nn.Module) -> dict[str, StreamPlan]:
+    return {name: _plan(text) for name, text in module.__dict__[STREAMS].items()}
+
+
+def _entry(owner: nn.Module, plan: StreamPlan) -> nn.Module | None:
+    """The module below ``owner`` that is handed b_0, as it is there now; None if there is none."""
+    if plan.start is None:
+        return None
+    try:
+        return owner.get_submodule(plan.start[0])
+    except AttributeError:
+        return None
+
+
+@contextmanager
+def witnessed(model: nn.Module, plans: Sequence[StreamPlan]) -> Iterator[None]:
+    """Have the modules that lead from the owner of each stream to its first layer note, in the graph that is traced
+    meanwhile, which tensors they are handed.
+    """
+    handles = []
+    for plan in plans:
+        module, path = model.get_submodule(plan.owner), ""
+        for part in plan.sites[0][0].split("."):
+            module = module._modules.get(part)  # type: ignore[assignment]
+            if module is None:
+                break
+            path = f"{path}.{part}" if path else part
+            hook = functools.partial(_note, plan.name, path, plan.width)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(stream: str, path: str, width: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[-1] == width:
+            WITNESS(value, f"{stream}|{path}|{key}")
+
+
+def record_starts(model: nn.Module, marked: Marked, witnesses: Sequence[tuple[str, fx.Node]]) -> None:
+    """Complete the plans of a converted ``model`` with the modules that are handed b_0."""
+    streams = streams_of(model) or {}
+    for assignment in marked.assignments:
+        plan = assignment.plan
+        places = [place.split("|") for place in starts_of(assignment.stream, witnesses)]
+        start = next(((path, key) for name, path, key in places if name == plan.name), None)
+        if start is not None:
+            text = replace(plan, start=start).to_json()
+            streams[plan.name].plan = text
+            model.get_submodule(plan.owner).__dict__[STREAMS][plan.name] = text
+
+
+@functools.cache
+def entry_class(base: Any) -> Any:
+    """A subclass of ``base`` whose instances begin a stream when the owner that runs calls them."""
+    if "_attnres_entry_of" in base.__dict__:
+        return base
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if BY_VALUE in self.__dict__:
+            args, kwargs = _begin(self, args, kwargs)
+        return base.__call__(self, *args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return base.__new__, (base,), self.__getstate__()
+
+    return type(base.__name__, (base,), {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
+        "_attnres_entry_of": base, "__call__": __call__, "__reduce_ex__": __reduce_ex__})
+
+
+@outside_graphs
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``module`` with the stream in place of the embedding b_0, if it is where one begins."""
+    runs = _RUNS.get()
+    plan = runs[-1].waiting.get(id(module)) if runs else None
+    if plan is None:
+        return args, kwargs
+    run = runs[-1]
+
+    assert plan.start is not None
+    key: Any = plan.start[1]
+    names = list(inspect.signature(module.forward).parameters)
+    if key.isdigit() and int(key) >= len(args) and int(key) < len(names):
+        key = names[int(key)]
+    elif not key.isdigit() and key not in kwargs and key in names:
+        key = str(names.index(key))
+    given = kwargs.get(key) if not key.isdigit() else args[int(key)] if int(key) < len(args) else None
+    if isinstance(given, Stream):
+        return args, kwargs
+    if not isinstance(given, Tensor) or plan.name in run.passages:
+        what = "a tensor in place of the stream" if isinstance(given, Tensor) else "other arguments than at its conversion"
+        raise SplitStreamError(
+            f"a {type(module).__name__}, in which stream '{plan.name}' begins, was called with {what}",
+            remedy="hand the hidden states from layer to layer as they are, and call the model as it was converted")
+    stream = _begun(run, plan, given)
+    if key.isdigit():
+        return (*args[:int(key)], stream, *args[int(key) + 1:]), kwargs
+    return args, {**kwargs, key: stream}
+
+
+def _begun(run: Run, plan: StreamPlan, embedding: Tensor) -> Stream:
+    """The stream at position 0, with the parameters that are at the root now."""
+    owner = run.owner
+    children: Mapping[str, Any] = owner.__dict__.get(ROOT, owner._modules)
+    parameters = stream_parameters(children, plan.name, owner.__dict__[STREAMS][plan.name])
+    assert plan.additions is not None
+    if torch.is_grad_enabled() and in_parallel():
+        refuse_unreduced({f"{kind} of stream '{plan.name}'": value for kind, value in parameters.named_parameters()})
+        if parameters.query.requires_grad and is_tensor_parallel(owner):
+            raise ShardedStreamError(
+                f"the weights around stream '{plan.name}' are divided among processes, and only a whole graph shows whether "
+                "each of them holds the whole stream: otherwise the gradients of its queries would be those of a share",
+                remedy="let the model be captured as one graph (fullgraph=True names what breaks it), or freeze the "
+                       "parameters of model.attnres")
+    if hasattr(embedding, "placements"):
+        raise ShardedStreamError(
+            f"stream '{plan.name}' is a distributed tensor, for which no mix is defined",
+            remedy="keep local tensors on the stream: use_local_output=True in the plan of the layers that write to it")
+    passage = Passage(plan.name, plan.boundaries, [path for path, _ in plan.sites], plan.additions, plan.eps,
+                      plan.mix_scale == "sum")
+    run.passages[plan.name] = passage
+    # By a call, so that the hooks of other tools run, which may have to bring the weights first.
+    container = children[CONTAINER]
+    query, key_gain = container(plan.name) if isinstance(container, AttnRes) else parameters()
+    return Stream(query, key_gain, (embedding,), None, passage, 0, embedding.dtype)

@@ -1,0 +1,430 @@
+"""Models run by value where no whole graph can be had: values and all gradients are those of Eq. 5-6, or it raises."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import models, reference
+from support.comparison import disturbed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attnres_fx
+from attnres_fx import by_value, errors
+from attnres_fx.by_value import can_run
+from attnres_fx.passes.rewrite.partition import partition
+from attnres_fx.runtime import stream as stream_module
+from attnres_fx.runtime.stream import BY_VALUE
+
+IDS = models.token_ids()
+AOT: dict[str, Any] = {"backend": "attnres", "options": {"downstream": "aot_eager"}}
+
+
+class Aside(reference.Block):
+    """A layer whose branch leaves the graph."""
+
+    @staticmethod
+    def aside(x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.aside(self.attn(self.ln_1(x)))
+        return x + self.mlp(self.ln_2(x))
+
+
+def read_out(x: Tensor) -> Tensor:
+    return x * 1 if x.sum().item() > 1e9 else x
+
+
+def routed(x: Tensor) -> Tensor:
+    rows = [row for row in x.detach().abs().amax(-1).flatten().tolist() if row > 1e9]
+    return x[:0] if rows else x
+
+
+@torch.compiler.disable
+def kept_out(x: Tensor) -> Tensor:
+    return x * 1
+
+
+def cut(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return x
+
+
+def grown(x: Tensor) -> Tensor:
+    HELD.append(x.shape)
+    with LOCK:
+        return x * 1
+
+
+HELD: list[Any] = []
+LOCK = threading.Lock()
+ASIDES = {function.__name__: function for function in (read_out, routed, kept_out, cut, grown)}
+
+
+def nanogpt(aside: Callable[[Tensor], Tensor] | None = None, sublayers: int = 6, num_blocks: int = 2) -> Any:
+    """A converted model in float64 with random queries and gains, whose layers then get an ``aside``."""
+    torch._dynamo.reset()
+    model = models.nanogpt(sublayers).double()
+    attnres_fx.convert(model, (IDS,), num_blocks=num_blocks)
+    disturbed(model)
+    if aside is not None:
+        for block in model.h:
+            block.__class__ = type("Block", (Aside,), {"aside": staticmethod(aside)})
+    return model
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (logits * weight).sum()
+
+
+def step(model: Any, function: Any) -> list[Tensor]:
+    """The logits and all gradients."""
+    model.zero_grad()
+    logits = function(IDS)
+    loss_of(logits).backward()
+    return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def by_the_paper(model: Any) -> Callable[[Tensor], Tensor]:
+    """The modules of ``model`` on the mixes of Eq. 5-6, without an operator or a graph of ours."""
+    parameters = model.attnres.stream
+    closing = partition(parameters.query.shape[0] - 1, num_blocks=2)
+    return lambda ids: reference.nanogpt(model, ids, parameters.query, parameters.key_gain, closing)
+
+
+def check(model: Any, function: Any) -> None:
+    """Two steps and an inference."""
+    expected = step(model, by_the_paper(model))
+    for _ in range(2):
+        for ours, theirs in zip(step(model, function), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(function(IDS), expected[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("aside", ASIDES.values(), ids=ASIDES)
+def test_what_breaks_the_graph_eagerly(aside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = nanogpt(aside), []
+    monkeypatch.setattr(by_value.log, "warning", lambda text, *args: said.append(text % args))
+    check(model, model)
+    (line,) = said
+    assert BY_VALUE in model.__dict__ and "NanoGPT runs by value" in line and "graph break" in line
+
+
+@pytest.mark.parametrize("aside", ASIDES.values(), ids=ASIDES)
+def test_what_breaks_the_graph_while_it_is_compiled(aside: Any) -> None:
+    model = nanogpt(aside)
+    check(model, torch.compile(model, **AOT))
+    assert BY_VALUE in model.__dict__
+
+
+def test_a_break_with_all_defaults() -> None:
+    model = nanogpt(cut)
+    check(model, torch.compile(model, backend="attnres"))
+
+
+@pytest.mark.parametrize("aside", [None, cut], ids=["whole", "broken"])
+def test_layers_that_are_compiled_one_by_one(aside: Any) -> None:
+    model = nanogpt(aside)
+    mixes = []
+    for block in model.h:
+        block.compile(backend=counting(mixes))
+    check(model, model)
+    assert sum(mixes) > 0
+
+
+def counting(mixes: list[int]) -> Any:
+    """The backend "attnres", which notes how many mixes the graphs hold that it compiles."""
+    from attnres_fx.backend import attnres
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        mixes.append(sum("attnres.mix" in str(node.target) for node in gm.graph.nodes))
+        return attnres(gm, inputs, options={"downstream": "aot_eager"})
+
+    return backend
+
+
+def test_graphs_do_not_grow_with_depth() -> None:
+    """Layers at the same place of a block share their code where the number of blocks is the same."""
+    model = nanogpt(sublayers=24, num_blocks=3)
+    graphs: list[int] = []
+    for block in model.h:
+        block.compile(backend=counting(graphs))
+    with torch.no_grad():
+        expected = model(IDS)
+    assert len(graphs) <= 2 * 3 + 4
+    model.h[0].compile(backend="eager")
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_sizes_do_not_compile_anew() -> None:
+    model = nanogpt()
+    graphs: list[int] = []
+    for block in model.h:
+        block.compile(backend=counting(graphs))
+    with torch.no_grad():
+        for length in range(2, 52):
+            assert model(models.token_ids(2, length)).shape[1] == length
+    assert len(graphs) <= 2 * (2 * 2 + 4)
+
+
+def test_transforms_of_functions() -> None:
+    model = nanogpt()
+    expected = step(model, by_the_paper(model))[1:]
+    names = [name for name, _ in model.named_parameters()]
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], ids: Tensor) -> Tensor:
+        return loss_of(torch.func.functional_call(model, values, (ids,)))
+
+    found = torch.func.grad(loss)(parameters, IDS)
+    for name, theirs in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], theirs, rtol=1e-9, atol=1e-9)
+
+    def first(values: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (row[None],)).square().sum()
+
+    samples = torch.func.vmap(torch.func.grad(first), in_dims=(None, 0))(parameters, IDS)
+    for index, row in enumerate(IDS):
+        model.zero_grad()
+        by_the_paper(model)(row[None]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(samples[name][index], parameter.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_checkpointed_layers() -> None:
+    class Checkpointed(Aside):
+        aside = staticmethod(read_out)
+
+        def forward(self, x: Any) -> Any:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model = nanogpt()
+    for block in model.h:
+        block.__class__ = Checkpointed
+    check(model, model)
+    assert BY_VALUE in model.__dict__
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    class Checkpointed(Aside):
+        aside = staticmethod(read_out)
+
+        def forward(self, x: Any) -> Any:
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    model = nanogpt()
+    for block in model.h:
+        block.__class__ = Checkpointed
+    with pytest.raises(errors.SplitStreamError, match=r"torch\.autograd\.Function"):
+        model(IDS)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.compile gave")
+def test_what_would_lose_layers_raises() -> None:
+    """An early exit, a layer left out, a layer put twice, hidden states replaced: before the first and between layers."""
+
+    def without(model: Any) -> None:
+        del model.h[1]
+
+    def swapped(model: Any) -> None:
+        model.h[0], model.h[1] = model.h[1], model.h[0]
+
+    def twice(model: Any) -> None:
+        model.h.insert(1, model.h[0])
+
+    def replaced(model: Any) -> None:
+        model.h[1].register_forward_hook(lambda module, args, output: output.clone() * 1)
+
+    def steered(model: Any) -> None:
+        model.h[1].register_forward_hook(lambda module, args, output: output + torch.ones(2, 9, 32, dtype=torch.float64))
+
+    def steered_before(model: Any) -> None:
+        model.h[2].register_forward_pre_hook(lambda module, args: (args[0] + torch.ones(2, 9, 32, dtype=torch.float64),))
+
+    for change in (without, swapped, twice, replaced, steered, steered_before):
+        model = nanogpt(read_out)
+        model(IDS)
+        change(model)
+        with pytest.raises((errors.SplitStreamError, errors.SitesChangedError), match="layer"):
+            model(IDS)
+
+
+def test_a_function_of_ones_own_may_not_lose_the_gradient() -> None:
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad
+
+    class Normed(Aside):
+        aside = staticmethod(read_out)
+
+        def forward(self, x: Any) -> Any:
+            x = x + self.aside(self.attn(self.ln_1(Same.apply(x))))
+            return x + self.mlp(self.ln_2(x))
+
+    model = nanogpt()
+    for block in model.h:
+        block.__class__ = Normed
+    with pytest.raises(errors.SplitStreamError, match=r"autograd\.Function"):
+        model(IDS)
+
+
+def test_hooks_see_the_mix() -> None:
+    model, seen = nanogpt(read_out), []
+    for block in model.h:
+        block.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    model(IDS)
+    parameters = model.attnres.stream
+    mixes = reference.attention_residuals(model.embed(IDS), reference.nanogpt_layers(model), parameters.query,
+                                          parameters.key_gain, partition(6, num_blocks=2))
+    for ours, theirs in zip(seen, mixes[2::2], strict=True):
+        torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_one_mix_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = stream_module.MIX
+    monkeypatch.setattr(stream_module, "MIX", lambda *args: calls.append(len(args[0])) or real(*args))
+
+    class HandNorm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    model = nanogpt(read_out)
+    for block in model.h:
+        block.ln_1, block.ln_2 = HandNorm(), HandNorm()
+    model(IDS)
+    assert calls == [2, 2, 2, 3, 3, 3]
+
+
+def test_threads() -> None:
+    model = nanogpt(read_out)
+    inputs = [models.token_ids(2, 4 + index) for index in range(8)]
+    with torch.no_grad():
+        expected = [by_the_paper(model)(ids) for ids in inputs]
+    found: list[Any] = [None] * 8
+
+    def work(index: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                found[index] = model(inputs[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_copies_files_and_reports_of_a_model_that_runs_by_value() -> None:
+    model = nanogpt(cut)
+    expected = model(IDS)
+    assert BY_VALUE in model.__dict__
+    torch.testing.assert_close(copy.deepcopy(model)(IDS), expected)
+    for block in model.h:  # what is compiled as one graph again
+        block.__class__ = reference.Block
+    assert attnres_fx.verify(model, (IDS,)).passed
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=False)(IDS), expected)
+
+
+def llama(**settings: Any) -> Any:
+    torch._dynamo.reset()
+    model = models.llama(3, **settings).double()
+    attnres_fx.convert(model, (IDS,), {"use_cache": False}, num_blocks=2)
+    return disturbed(model)
+
+
+def llama_by_the_paper(model: Any) -> Tensor:
+    parameters = model.attnres.stream
+    return reference.llama(model, IDS, parameters.query, parameters.key_gain, partition(6, num_blocks=2))
+
+
+def test_offloaded_weights() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+    with torch.no_grad():
+        expected = llama_by_the_paper(model)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        torch.testing.assert_close(model(IDS, use_cache=False).logits, expected)
+        accelerate.hooks.remove_hook_from_submodules(model)
+
+
+def test_hidden_states_and_a_cache() -> None:
+    model = llama()
+    model.model.__dict__[BY_VALUE] = True
+    states = model(IDS, use_cache=False, output_hidden_states=True).hidden_states
+    parameters = model.attnres.stream
+    mixes = reference.llama_mixes(model, IDS, parameters.query, parameters.key_gain, partition(6, num_blocks=2))
+    for ours, theirs in zip(states[:-1], mixes[:-1:2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(states[-1], model.model.norm(mixes[-1]))
+    tokens = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    del model.model.__dict__[BY_VALUE]
+    assert torch.equal(tokens, model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+def test_hugging_face_checkpointing_and_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    model = llama()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["attnres"]))
+    adapted.train()
+
+    def gradients() -> list[Tensor]:
+        adapted.zero_grad()
+        loss_of(adapted(IDS, use_cache=False).logits).backward()
+        return [parameter.grad.clone() for parameter in adapted.parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    owner = model.model
+    assert can_run(owner)
+    owner.__dict__[BY_VALUE] = True
+    found = gradients()
+    assert len(found) == len(expected) >= 2 * 3 + 2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def one_process(tmp_path: Any) -> Any:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "layers compiled"])
+def test_layers_sharded_one_by_one(one_process: Any, reshard: bool, compiled: bool) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nanogpt()
+    expected = step(model, by_the_paper(model))
+    for block in model.h:
+        if compiled:
+            block.compile(**AOT)
+        fully_shard(block, mesh=one_process, reshard_after_forward=reshard)
+    fully_shard(model, mesh=one_process)
+    for _ in range(2):
+        found = step(model, model)
+        for ours, theirs in zip(found, expected, strict=True):
+            whole = ours.full_tensor() if hasattr(ours, "full_tensor") else ours
+            torch.testing.assert_close(whole, theirs, rtol=1e-9, atol=1e-9)
