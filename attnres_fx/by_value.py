@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnres_fx.converted import ROOT, STREAMS
-from attnres_fx.passes._compat.distributed import in_parallel, is_tensor_parallel
+from attnres_fx.passes._compat.distributed import in_parallel, is_tensor_parallel, not_in_buckets
 from attnres_fx.passes._compat.dynamo import has_compiled_parts, is_traced, outside_graphs
 from attnres_fx.passes._compat.graphs import pytree
 from attnres_fx.passes.find.additions import starts_of
@@ -79,9 +79,17 @@ def can_run(module: nn.Module) -> bool:
 @outside_graphs
 def run_by_value(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``base.forward`` of the owner ``module``, its streams as values. Raises SplitStreamError, SitesChangedError."""
-    plans = _plans(module)
+    run = _opened(module)
+    with _running(run), not_in_buckets():
+        outputs = base.forward(module, *args, **kwargs)
+    return _closed(run, outputs)
+
+
+@torch.compiler.disable
+def _opened(module: nn.Module) -> Run:
+    """A run of the owner ``module``, with the modules that are handed b_0 made ready for it."""
     waiting = {}
-    for plan in plans.values():
+    for plan in _plans(module).values():
         entry = _entry(module, plan)
         if entry is None:
             raise SplitStreamError(f"stream '{plan.name}' begins in no module below '{type(module).__name__}'",
@@ -90,15 +98,18 @@ def run_by_value(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...]
         entry.__class__ = entry_class(kind)
         entry.__dict__[BY_VALUE] = True
         waiting[id(entry)] = plan
-    run = Run(module, waiting, {})
-    with _running(run):
-        outputs = base.forward(module, *args, **kwargs)
-        if pytree.tree_any(lambda leaf: isinstance(leaf, Stream), outputs):
-            outputs = pytree.tree_map_only(Stream, lambda stream: stream.value(), outputs)
-    for name in plans:
-        passage = run.passages.get(name)
+    return Run(module, waiting, {})
+
+
+@torch.compiler.disable
+def _closed(run: Run, outputs: Any) -> Any:
+    """``outputs`` with what is read in place of streams; every layer of every stream must have been passed."""
+    if pytree.tree_any(lambda leaf: isinstance(leaf, Stream), outputs):
+        outputs = pytree.tree_map_only(Stream, lambda stream: stream.value(), outputs)
+    for plan in run.waiting.values():
+        passage = run.passages.get(plan.name)
         if passage is None:
-            raise SplitStreamError(f"this call did not reach the first layer of stream '{name}'",
+            raise SplitStreamError(f"this call did not reach the first layer of stream '{plan.name}'",
                                    remedy="call the model as it was converted")
         passage.check_complete()
         passage.over = True
@@ -193,7 +204,7 @@ def entry_class(base: Any) -> Any:
         "_attnres_entry_of": base, "__call__": __call__, "__reduce_ex__": __reduce_ex__})
 
 
-@outside_graphs
+@torch.compiler.disable
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of ``module`` with the stream in place of the embedding b_0, if it is where one begins."""
     runs = _RUNS.get()

@@ -43,7 +43,14 @@ from attnres_fx.passes.lower.recomputation import holds_checkpoint
 from attnres_fx.passes.pipeline import PREPARE, REWRITE, run
 from attnres_fx.passes.rewrite.match import markers_of
 from attnres_fx.reduction import hold_to_reduction, stream_inputs
-from attnres_fx.runtime.errors import AttnResError, GraphBreakError, PartOfConvertedError, PlainPathError, SitesChangedError
+from attnres_fx.runtime.errors import (
+    AttnResError,
+    GraphBreakError,
+    PartOfConvertedError,
+    PlainPathError,
+    SitesChangedError,
+    SplitStreamError,
+)
 from attnres_fx.runtime.marker import ENTER
 from attnres_fx.runtime.parameters import stream_parameters
 
@@ -58,9 +65,9 @@ _MAKING = threading.Lock()
 
 def run_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """The backend of the eager call: rewrite the graph and run it as it is."""
-    if not markers_of(gm.graph):
-        raise SitesChangedError("a graph of a converted model has no marker",
-                                remedy="this is a fault of attnres_fx; please report it with the model")
+    if not markers_of(gm.graph):  # as where DistributedDataParallel has the graph cut into buckets
+        raise SplitStreamError("a graph of a converted model has no marker: it is a part of a larger one",
+                               remedy="have the model captured whole: torch._dynamo.config.optimize_ddp = False")
     rewritten = generate_code(run((*PREPARE, *REWRITE), gm, Context()))
     # Run eagerly, the tags of a checkpointed layer mean nothing: only AOTAutograd's partitioner recomputes by them.
     recomputed = torch.is_grad_enabled() and holds_checkpoint(rewritten.graph)
@@ -119,6 +126,8 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         inner = inner_error(error)
         if retries and _mended(module, kwargs, error):
             return _run(module, base, args, kwargs, retries - 1)
+        if isinstance(inner, SplitStreamError) and can_run(module):
+            return _run_split(module, base, args, kwargs, inner)
         if isinstance(inner, AttnResError):
             raise inner from None
         translated = translate(error) if not is_recompile_limit(error) else SitesChangedError(
@@ -130,6 +139,18 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         if translated is error:
             raise
         raise translated from error
+
+
+def _run_split(
+    module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], cause: SplitStreamError
+) -> Any:
+    """By value, where a graph holds only a part of a stream: because it was cut up, or because layers are missing."""
+    try:
+        result = run_by_value(module, base, args, kwargs)
+    except AttnResError:
+        raise cause from None
+    switch(module, cause)
+    return result
 
 
 def _mended(module: nn.Module, kwargs: dict[str, Any], error: Exception) -> bool:

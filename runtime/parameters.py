@@ -47,7 +47,7 @@ class StreamParameters(nn.Module):
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query and key gain. A call, so that hooks that bring the weights run; copies, since they may take them away."""
-        gain: torch.Tensor | None = self.key_gain
+        gain: Any = self.key_gain
         return self.query.clone(), None if gain is None else gain.clone()
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,19 @@ def calling_modules() -> list[nn.Module]:
             found.setdefault(id(owner), owner)
         frame = frame.f_back
     return list(found.values())
+
+
+def not_in_buckets() -> AbstractContextManager[Any]:
+    """Have Dynamo not cut graphs into the buckets of a DistributedDataParallel that is running.
+
+    Cut at a symbolic size, the pieces of a graph hand on fake tensors: the position of a stream is such a size.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if DistributedDataParallel._get_active_ddp_module() is None:
+        return nullcontext()
+    patch: AbstractContextManager[Any] = torch._dynamo.config.patch(optimize_ddp=False)
+    return patch
 
 
 def reduces(module: nn.Module, parameter: Tensor) -> bool | None:

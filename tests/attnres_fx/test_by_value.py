@@ -428,3 +428,73 @@ def test_layers_sharded_one_by_one(one_process: Any, reshard: bool, compiled: bo
         for ours, theirs in zip(found, expected, strict=True):
             whole = ours.full_tensor() if hasattr(ours, "full_tensor") else ours
             torch.testing.assert_close(whole, theirs, rtol=1e-9, atol=1e-9)
+
+
+def offloaded(model: Any, mesh: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def sharded_by_layers(model: Any, mesh: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def wrapped_by_layers(model: Any, mesh: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True,
+                                    auto_wrap_policy=ModuleWrapPolicy({type(model.model.layers[0])}))
+
+
+def wrapped_flat(model: Any, mesh: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def in_buckets(model: Any, mesh: Any) -> Any:
+    return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+
+
+SITUATIONS = (offloaded, sharded_by_layers, wrapped_by_layers, wrapped_flat, in_buckets)
+BY_DEFAULT = {(offloaded, "eager"), (sharded_by_layers, "regions"), (wrapped_by_layers, "eager"), (in_buckets, "compiled")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("situation", "way"), [
+    pytest.param(situation, way, id=f"{situation.__name__}-{way}",
+                 marks=() if (situation, way) in BY_DEFAULT else pytest.mark.slow)
+    for situation in SITUATIONS for way in ("compiled", "regions", "eager")])
+def test_situations(situation: Any, way: str, one_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of docs/by_value.md: the logits and, where the weights stay, the gradients of queries and gains."""
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
+    model = llama()
+    expected = llama_by_the_paper(model)
+    loss_of(expected).backward()
+    gradients = [parameter.grad for parameter in model.attnres.parameters()]
+    model.zero_grad(set_to_none=True)
+    if way == "regions":
+        for layer in model.model.layers:
+            layer.compile(**AOT)
+    wrapped = situation(model, one_process)
+    called = torch.compile(wrapped, **AOT) if way == "compiled" else wrapped
+    if situation is wrapped_flat and way == "compiled":
+        with pytest.raises(errors.PlainPathError):  # Dynamo does not read flat parameters
+            called(IDS, use_cache=False)
+        return
+    with torch.no_grad():
+        assert models.relative(called(IDS, use_cache=False).logits, expected) < 1e-6
+    if situation is offloaded:
+        return
+    loss_of(called(IDS, use_cache=False).logits).backward()
+    if situation is wrapped_flat:
+        return  # which has no gradients of single parameters
+    for parameter, theirs in zip(model.attnres.parameters(), gradients, strict=True):
+        ours = parameter.grad
+        whole = ours.full_tensor() if hasattr(ours, "full_tensor") else ours
+        assert models.relative(whole.view_as(theirs), theirs) < 1e-5  # Llama has norms in float32

@@ -254,3 +254,22 @@ def test_is_tensor_parallel(tmp_path: Path) -> None:
         assert distributed.is_tensor_parallel(model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_not_in_buckets_while_a_wrapper_runs(tmp_path: Path) -> None:
+    seen = []
+
+    class Asked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with distributed.not_in_buckets():
+                seen.append(torch._dynamo.config.optimize_ddp)
+            return super().forward(x)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        Asked(2, 2)(torch.ones(2))
+        nn.parallel.DistributedDataParallel(Asked(2, 2))(torch.ones(2))
+    finally:
+        torch.distributed.destroy_process_group()
+    before = torch._dynamo.config.optimize_ddp
+    assert before and seen == [before, False]
