@@ -155,3 +155,10 @@ def test_the_account_of_a_call_adds_up(capsys: pytest.CaptureFixture[str]) -> No
             assert found[case, variant, "matrix products"] > 0
             kinds = [key for key in found if key[:2] == (case, variant) and key[2] != "whole call"]
             assert sum(found[key] for key in kinds) == pytest.approx(found[case, variant, "whole call"])
+
+
+def test_the_benchmark_of_running_by_value_runs() -> None:
+    """It checks by itself that all converted variants compute the same."""
+    command = [sys.executable, "benchmarks/by_value.py", "--quick", "--ways", "eager", "--rounds", "1"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    assert run.stdout.count("by value") == 2
