@@ -22,12 +22,13 @@ from torch import Tensor, fx, nn
 
 from attnres_fx.converted import ROOT, STREAMS
 from attnres_fx.passes._compat.distributed import in_parallel, is_tensor_parallel, not_in_buckets
-from attnres_fx.passes._compat.dynamo import has_compiled_parts, is_traced, outside_graphs
+from attnres_fx.passes._compat.dynamo import has_backward_hooks, has_compiled_parts, is_traced, outside_graphs
 from attnres_fx.passes._compat.graphs import pytree
 from attnres_fx.passes.find.additions import starts_of
 from attnres_fx.passes.findings import Marked
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.reduction import refuse_unreduced
+from attnres_fx.runtime._compat import inside_autograd_function
 from attnres_fx.runtime.errors import ShardedStreamError, SplitStreamError
 from attnres_fx.runtime.marker import WITNESS
 from attnres_fx.runtime.parameters import CONTAINER, AttnRes, stream_parameters, streams_of
@@ -38,10 +39,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """One call of an owner: its plans by the module that is handed b_0, and the streams that have begun."""
+    """One call of an owner: its plans by the module that is handed b_0, query and key gain of each, and what has begun.
 
-    owner: nn.Module
+    ``trains``: it was called with gradients.
+    """
+
+    trains: bool
     waiting: dict[int, StreamPlan]
+    parameters: dict[str, tuple[Tensor, Tensor | None]]
     passages: dict[str, Passage]
 
 
@@ -88,24 +93,62 @@ def run_by_value(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...]
 @torch.compiler.disable
 def _opened(module: nn.Module) -> Run:
     """A run of the owner ``module``, with the modules that are handed b_0 made ready for it."""
-    waiting = {}
+    waiting, parameters = {}, {}
     for plan in _plans(module).values():
         entry = _entry(module, plan)
         if entry is None:
             raise SplitStreamError(f"stream '{plan.name}' begins in no module below '{type(module).__name__}'",
                                    remedy="leave the layers of the model where they were when it was converted")
+        if torch.is_grad_enabled():
+            _refuse_backward_hooks(module, plan)
         kind: Any = type(entry)
         entry.__class__ = entry_class(kind)
         entry.__dict__[BY_VALUE] = True
         waiting[id(entry)] = plan
-    return Run(module, waiting, {})
+        parameters[plan.name] = _parameters(module, plan)
+    return Run(torch.is_grad_enabled(), waiting, parameters, {})
+
+
+def _refuse_backward_hooks(owner: nn.Module, plan: StreamPlan) -> None:
+    """Raise SplitStreamError if a module that is handed the stream has hooks on its backward, which would find no tensor."""
+    for path in dict.fromkeys(path for path, _ in plan.sites):
+        module = owner
+        for part in path.split("."):
+            module = module._modules.get(part, module)  # type: ignore[assignment]
+            if module is not owner and has_backward_hooks(module):
+                raise SplitStreamError(
+                    f"'{path}' has a hook on its backward, which is never called where stream '{plan.name}' is a value",
+                    remedy="register the hook on a module within the branches, or on a parameter")
+
+
+def _parameters(owner: nn.Module, plan: StreamPlan) -> tuple[Tensor, Tensor | None]:
+    """Query and key gain as they are at the root now, in the grad mode of the call."""
+    children: Mapping[str, Any] = owner.__dict__.get(ROOT, owner._modules)
+    parameters = stream_parameters(children, plan.name, owner.__dict__[STREAMS][plan.name])
+    if torch.is_grad_enabled() and in_parallel():
+        refuse_unreduced({f"{kind} of stream '{plan.name}'": value for kind, value in parameters.named_parameters()})
+        if parameters.query.requires_grad and is_tensor_parallel(owner):
+            raise ShardedStreamError(
+                f"the weights around stream '{plan.name}' are divided among processes, and only a whole graph shows whether "
+                "each of them holds the whole stream: otherwise the gradients of its queries would be those of a share",
+                remedy="let the model be captured as one graph (fullgraph=True names what breaks it), or freeze the "
+                       "parameters of model.attnres")
+    # By a call, so that the hooks of other tools run, which may have to bring the weights first.
+    container = children[CONTAINER]
+    found: tuple[Tensor, Tensor | None] = container(plan.name) if isinstance(container, AttnRes) else parameters()
+    return found
 
 
 @torch.compiler.disable
 def _closed(run: Run, outputs: Any) -> Any:
     """``outputs`` with what is read in place of streams; every layer of every stream must have been passed."""
-    if pytree.tree_any(lambda leaf: isinstance(leaf, Stream), outputs):
-        outputs = pytree.tree_map_only(Stream, lambda stream: stream.value(), outputs)
+    own = run.passages.values()  # and not those of a run around this one
+
+    def read(leaf: Any) -> Any:
+        return leaf.value() if isinstance(leaf, Stream) and leaf.passage in own else leaf
+
+    if pytree.tree_any(lambda leaf: isinstance(leaf, Stream) and leaf.passage in own, outputs):
+        outputs = pytree.tree_map(read, outputs)
     for plan in run.waiting.values():
         passage = run.passages.get(plan.name)
         if passage is None:
@@ -235,27 +278,18 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _begun(run: Run, plan: StreamPlan, embedding: Tensor) -> Stream:
-    """The stream at position 0, with the parameters that are at the root now."""
-    owner = run.owner
-    children: Mapping[str, Any] = owner.__dict__.get(ROOT, owner._modules)
-    parameters = stream_parameters(children, plan.name, owner.__dict__[STREAMS][plan.name])
+    """The stream at position 0."""
     assert plan.additions is not None
-    if torch.is_grad_enabled() and in_parallel():
-        refuse_unreduced({f"{kind} of stream '{plan.name}'": value for kind, value in parameters.named_parameters()})
-        if parameters.query.requires_grad and is_tensor_parallel(owner):
-            raise ShardedStreamError(
-                f"the weights around stream '{plan.name}' are divided among processes, and only a whole graph shows whether "
-                "each of them holds the whole stream: otherwise the gradients of its queries would be those of a share",
-                remedy="let the model be captured as one graph (fullgraph=True names what breaks it), or freeze the "
-                       "parameters of model.attnres")
     if hasattr(embedding, "placements"):
         raise ShardedStreamError(
             f"stream '{plan.name}' is a distributed tensor, for which no mix is defined",
             remedy="keep local tensors on the stream: use_local_output=True in the plan of the layers that write to it")
+    query, key_gain = run.parameters[plan.name]
     passage = Passage(plan.name, plan.boundaries, [path for path, _ in plan.sites], plan.additions, plan.eps,
                       plan.mix_scale == "sum")
+    passage.trains = run.trains and (query.requires_grad or embedding.requires_grad)
+    passage.inside = passage.trains and inside_autograd_function()
     run.passages[plan.name] = passage
-    # By a call, so that the hooks of other tools run, which may have to bring the weights first.
-    container = children[CONTAINER]
-    query, key_gain = container(plan.name) if isinstance(container, AttnRes) else parameters()
-    return Stream(query, key_gain, (embedding,), None, passage, 0, embedding.dtype)
+    # Its memory may be used again by the module that made it, as it may after the first addition.
+    first = embedding if embedding.requires_grad else embedding.clone()
+    return Stream(query, key_gain, (first,), None, passage, 0, embedding.dtype)

@@ -23,6 +23,7 @@ from attnres_fx.passes.lower.recomputation import forget_recomputation
 from attnres_fx.passes.lower.reread import reread_norms
 from attnres_fx.passes.lower.schedule import schedule_mixes
 from attnres_fx.passes.lower.select import select_kernels
+from attnres_fx.passes.lower.share import share_mixes
 from attnres_fx.passes.memory.budget import TILES, first_that_fits, parse_budget
 from attnres_fx.passes.memory.layout import plan_layout
 from attnres_fx.passes.memory.lifetimes import lifetimes
@@ -79,6 +80,7 @@ REWRITE = (
 # Mixes, wherever they come from, are brought into the form in which they run.
 LOWER = (
     Pass("lower.recomputation", forget_recomputation),
+    Pass("lower.share", share_mixes),
     Pass("lower.schedule", schedule_mixes),
     Pass("lower.fuse", fuse_mixes),
     Pass("lower.select", select_kernels),

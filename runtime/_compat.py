@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
+
+__all__ = ["OpOverload", "OpOverloadPacket"]
 
 # Raise ValueError or TypeError unless a condition holds; like ``torch._check``, they accept symbolic sizes.
 check_value, check_type = torch._check_value, torch._check_type

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._compat import inside_autograd_function, saved_tensor_hooks
+from ._compat import OpOverload, OpOverloadPacket, inside_autograd_function, saved_tensor_hooks
 from .errors import Place, SitesChangedError, SplitStreamError
 from .mix import MIX
 
@@ -40,6 +40,8 @@ class Passage:
     ) -> None:
         self.name, self.boundaries, self.sites, self.additions = name, tuple(boundaries), tuple(sites), tuple(additions)
         self.eps, self.summed = eps, summed
+        self.trains = False  # whether gradients are to come through the stream
+        self.inside = False  # whether all of the call is within a torch.autograd.Function
         self.reached = 0  # layers passed
         self.over = False  # whether the call has returned: what comes later is recomputed for a backward
 
@@ -95,17 +97,14 @@ class Stream:
     # ------------------------------------------------------------------------------------------------------------ reading
     def value(self) -> Tensor:
         """What a reader of this position reads: the mix, brought forward through ``steps``; one for all its readers."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._read()
+        self._check_gradient()
         key = (torch.is_grad_enabled(), saved_tensor_hooks())
         kept = self.__dict__.get("_kept")
         if kept is not None and kept[0] == key:
             found: Tensor = kept[1]
             return found
-        if not key[0] and inside_autograd_function():
-            raise SplitStreamError(
-                f"a torch.autograd.Function was given the stream '{self.passage.name}' itself, whose gradient it could not "
-                "return", remedy="hand it a tensor: the result of an operation on the hidden states, such as x.clone()")
         made = self._read()
         self.__dict__["_kept"] = key, made
         return made
@@ -132,8 +131,13 @@ class Stream:
     def plus(self, term: Tensor) -> Stream:
         """The stream after the addition of ``term``: Eq. 5 if it completes a layer."""
         passage, position = self.passage, self.position + 1
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self._check_place(position)
+            self._check_gradient()
+        if not passage.over and passage.reached >= position:
+            raise SitesChangedError(
+                f"stream '{passage.name}' is continued twice from {self.position} layers on",
+                remedy="call the model as it was converted")
         if position > passage.num_layers:
             raise SitesChangedError(f"something is added to stream '{passage.name}' after its last layer",
                                     remedy="call the model as it was converted")
@@ -147,7 +151,12 @@ class Stream:
         self.__dict__.pop("_kept", None)
         if self.added + 1 < passage.additions[position - 1]:
             return replace(self, terms=terms, added=self.added + 1, dtype_=dtype, steps=layout)
-        partial = terms.to(dtype) if self.partial is None else self.partial + terms
+        if self.partial is not None:
+            partial = self.partial + terms
+        elif terms.dtype == dtype and not terms.requires_grad:
+            partial = terms.clone()  # whose memory the layer may use again, as it may after x + terms; autograd would notice
+        else:
+            partial = terms.to(dtype)
         passage.reached = position
         closes = position in passage.boundaries
         return Stream(self.query, self.key_gain, (*self.blocks, partial) if closes else self.blocks,
@@ -171,14 +180,25 @@ class Stream:
                 f"stream '{passage.name}' is added to in a {type(running).__name__} after {self.position} layers, where the "
                 f"conversion recorded no layer (the next: {expected})", remedy="call the model as it was converted, and "
                 "leave the hidden states between layers as they are; if the layers of the model changed, convert it again")
-        if not passage.over and passage.reached >= position:
-            raise SitesChangedError(
-                f"stream '{passage.name}' is continued twice from {self.position} layers on",
-                remedy="call the model as it was converted")
-        if not torch.is_grad_enabled() and inside_autograd_function():
+
+    def _check_gradient(self) -> None:
+        """Raise where the gradient of the stream would be lost: within a function whose input it is no tensor of, or behind
+        layers that have run without one.
+        """
+        passage = self.passage
+        if not passage.trains:
+            return
+        if not passage.inside and inside_autograd_function():
             raise SplitStreamError(
-                f"a layer of stream '{passage.name}' runs within a torch.autograd.Function, which would lose the gradients "
-                "of the stream", remedy="checkpoint with use_reentrant=False")
+                f"stream '{passage.name}' is read or added to within a torch.autograd.Function, which could not return its "
+                "gradient", remedy="checkpoint with use_reentrant=False; hand a function of your own a tensor, the result "
+                "of an operation on the hidden states such as x.clone()")
+        latest = self.blocks[-1] if self.partial is None else self.partial
+        if self.position > 1 and torch.is_grad_enabled() and not latest.requires_grad:
+            raise SplitStreamError(
+                f"the layers of stream '{passage.name}' before position {self.position} have run without gradients, and "
+                "what follows is to have them", remedy="freeze parameters with requires_grad_(False) instead of running "
+                "layers under torch.no_grad(); checkpoint with use_reentrant=False")
 
     # -------------------------------------------------------------------------------------------------------- as a tensor
     @property
@@ -196,6 +216,14 @@ class Stream:
     @property
     def requires_grad(self) -> bool:
         return any(source.requires_grad for source in (*self.blocks, self.partial, self.query) if source is not None)
+
+    @property
+    def data(self) -> Tensor:
+        return self.value().data
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.value().grad
 
     @property
     def ndim(self) -> int:
@@ -238,15 +266,16 @@ class Stream:
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name in _ADDITIONS and len(args) == 2 and not kwargs.keys() - {"alpha"}:
-            left, right = args
+        name = getattr(function, "__name__", "") if _is_of_torch(function) else ""
+        if name in _ADDITIONS and not kwargs.keys() - {"alpha", "input", "self", "other"}:
+            left = args[0] if args else kwargs.get("input", kwargs.get("self"))
+            right = args[1] if len(args) > 1 else kwargs.get("other")
             alpha = kwargs.get("alpha", 1)
             if isinstance(left, Stream):
                 if name in _IN_PLACE:
                     return left.add_(right, alpha=alpha)
                 return _added(left, right, alpha)
-            if alpha == 1 and _is_term(left):
+            if alpha == 1 and _is_term(left) and isinstance(right, Stream):
                 return right.plus(left)
         if name == "dropout" and args and isinstance(args[0], Stream) and not _active(*args[1:], **kwargs):
             return args[0]
@@ -290,6 +319,13 @@ _SELF_INVERSE = frozenset({"transpose", "swapaxes", "swapdims", "t"})
 _THROUGH = _CASTS | _RESHAPES | _SELF_INVERSE | {"clone", "contiguous", "permute", "movedim", "moveaxis"}
 
 
+def _is_of_torch(function: Any) -> bool:
+    """Whether ``function`` is torch's own: an operator of another library may be called "add", too."""
+    if isinstance(function, (OpOverload, OpOverloadPacket)):
+        return str(function).startswith("aten.")
+    return str(getattr(function, "__module__", None) or "torch").split(".")[0] == "torch"
+
+
 def _is_term(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
 
@@ -305,7 +341,7 @@ def _added(stream: Stream, other: Any, alpha: Any = 1) -> Any:
     return torch.add(stream.value(), other, alpha=alpha)
 
 
-def _active(p: float = 0.5, training: bool = True, *_: Any) -> bool:
+def _active(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     return training and p > 0
 
 

@@ -68,6 +68,11 @@ def has_compiled_parts(module: nn.Module) -> bool:
     return any(part._compiled_call_impl is not None for part in module.modules() if part is not module)
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a hook on its backward was registered on ``module`` itself."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 # Dynamo's settings for one trace apply to the whole process: one thread traces at a time.
 _TRACING = threading.RLock()
 _CAPTURED: ContextVar[bool] = ContextVar("captured", default=False)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch import fx
 
 from attnres_fx.passes.find.streams import Layer, Stream
+from attnres_fx.passes.graph.nodes import stack_paths
 from attnres_fx.passes.graph.vocabulary import addition_of, base_of, op_name, passed_through
 from attnres_fx.runtime.marker import WITNESS
 
@@ -25,6 +26,9 @@ def additions_of(stream: Stream, overwritten: Collection[str]) -> tuple[int, ...
     if any(addition_of(reader) is not None and reader not in sums
            for readers in stream.readers for reader in _passed_on(readers)):
         return None
+    if any(addition_of(node) is not None and stack_paths(node)[-1:] != stack_paths(layer.node)[-1:]
+           for layer in stream.layers for node in (*layer.inner, *layer.injections)):
+        return None  # each addition is held to the module in which its layer ends
     counts = [_additions(layer.node, layer) for layer in stream.layers]
     known = tuple(count for count in counts if count)
     return known if len(known) == len(counts) else None

@@ -132,21 +132,30 @@ LIKENESSES = frozenset({"zeros_like", "ones_like", "empty_like", "full_like", "r
                         "new_ones", "new_full", "new_empty", "size", "sym_size", "dim"})
 
 
+_ARITHMETIC = ADDITIONS | SUBTRACTIONS | MULTIPLICATIONS | DIVISIONS | CASTS | COPIES | RESHAPES | PERMUTES | DROPOUTS
+
+
 def op_name(node: fx.Node) -> str:
     """The short ATen name of what ``node`` computes; an empty string for placeholders, attributes and the output."""
     if node.op == "call_function":
         target: Any = node.target
         if isinstance(target, OpOverload):
-            return str(schema_of(target).name).split("::")[-1]
+            return _own_name(str(schema_of(target).name).split("::")[-1], target.namespace)
         if isinstance(target, OpOverloadPacket):
-            return str(target.__name__)
-        return str(getattr(target, "__name__", target))
+            return _own_name(str(target.__name__), str(target).split(".")[0])
+        return _own_name(str(getattr(target, "__name__", target)), str(getattr(target, "__module__", None) or "torch"))
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_module":
         module = node.graph.owning_module
         return type(module.get_submodule(str(node.target))).__name__ if module is not None else str(node.target)
     return ""
+
+
+def _own_name(name: str, library: str) -> str:
+    """``name``, with ``library`` in front of what another library calls like an arithmetic operator of torch."""
+    foreign = library.split(".")[0] not in ("aten", "prims", "torch", "_operator", "builtins", "math", "attnres")
+    return f"{library}::{name}" if foreign and name in _ARITHMETIC else name
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

@@ -94,7 +94,9 @@ class _Rewriter:
     def _rows(self, stacked: fx.Node) -> fx.Node:
         """One ``unbind`` for all rows: one ``select`` per row would each cost an addition of the whole in the backward."""
         first = self.stream.layers[0].node
-        with self.graph.inserting_before(first):
+        # In front of all layers, the first of which may run without gradients.
+        start = next(iter(markers_of(self.graph)), first)
+        with self.graph.inserting_before(start):
             return insert_call(self.graph, aten.unbind.int, (stacked, 0), like=first)
 
     def _row(self, rows: fx.Node, position: int) -> fx.Node:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attnres_fx
-from attnres_fx import by_value, errors
+from attnres_fx import backend, by_value, errors
 from attnres_fx.by_value import can_run
+from attnres_fx.converted import STREAMS
+from attnres_fx.passes.pipeline import LOWER, run
 from attnres_fx.passes.rewrite.partition import partition
 from attnres_fx.runtime import stream as stream_module
 from attnres_fx.runtime.stream import BY_VALUE
@@ -143,13 +145,12 @@ def test_layers_that_are_compiled_one_by_one(aside: Any) -> None:
 
 def counting(mixes: list[int]) -> Any:
     """The backend "attnres", which notes how many mixes the graphs hold that it compiles."""
-    from attnres_fx.backend import attnres
 
-    def backend(gm: Any, inputs: Any) -> Any:
+    def compile_one(gm: Any, inputs: Any) -> Any:
         mixes.append(sum("attnres.mix" in str(node.target) for node in gm.graph.nodes))
-        return attnres(gm, inputs, options={"downstream": "aot_eager"})
+        return backend.attnres(gm, inputs, options={"downstream": "aot_eager"})
 
-    return backend
+    return compile_one
 
 
 def test_graphs_do_not_grow_with_depth() -> None:
@@ -282,6 +283,163 @@ def test_a_function_of_ones_own_may_not_lose_the_gradient() -> None:
         model(IDS)
 
 
+class Inner(nn.Module):
+    """A layer with a stream of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.enter, self.leave = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.layers = nn.ModuleList(reference.Block(32, 4) for _ in range(2))
+
+    def forward(self, x: Any) -> Any:
+        y = self.enter(self.norm(x))
+        for layer in self.layers:
+            y = layer(y)
+        return x + self.leave(self.last(y))
+
+
+def test_a_stream_within_a_layer_of_another() -> None:
+    torch._dynamo.reset()
+    model = models.nanogpt(6)
+    model.h = nn.ModuleList(Inner() for _ in range(3))
+    model = attnres_fx.convert(model.double(), (IDS,), num_blocks=2)
+    disturbed(model)
+    assert len(model.attnres.streams) == 4
+    expected = step(model, model)
+    for part in model.modules():
+        if STREAMS in part.__dict__:
+            assert can_run(part)
+            part.__dict__[BY_VALUE] = True
+    for ours, theirs in zip(step(model, model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def refused(model: Any, what: str, function: Any = None) -> None:
+    with pytest.raises((errors.SplitStreamError, errors.SitesChangedError), match=what):
+        (function or model)(IDS)
+
+
+def test_hooks_on_the_backward_of_layers_are_refused_in_training() -> None:
+    model = nanogpt(read_out)
+    model(IDS)
+    model.h[1].register_full_backward_hook(lambda *_: None)
+    refused(model, "hook on its backward")
+    with torch.no_grad():
+        model(IDS)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["as it is", "with gradients enabled within"])
+def test_a_function_behind_another_reader(opened: bool) -> None:
+    """A read without gradients first, so that the mix is there already."""
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            with torch.set_grad_enabled(opened):
+                return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad
+
+    class Normed(nn.LayerNorm):
+        def forward(self, x: Any) -> Any:
+            with torch.no_grad():
+                self.largest = x.abs().max()
+            return super().forward(Same.apply(x))
+
+    model = nanogpt(read_out)
+    for block in model.h:
+        block.ln_1.__class__ = Normed
+    refused(model, r"autograd\.Function")
+
+
+def test_a_compiled_layer_within_reentrant_checkpointing_is_refused() -> None:
+    model = nanogpt()
+    for block in model.h:
+        base: Any = type(block)
+        block.__class__ = type("Block", (base,), {"__call__": lambda self, x, base=base: checkpoint(
+            lambda y: base.__call__(self, y), x, use_reentrant=True)})
+        block.compile(**AOT)
+    refused(model, "without gradients|autograd")
+
+
+def test_layers_without_gradients_before_others_with_them_are_refused() -> None:
+    class Frozen(Aside):
+        aside = staticmethod(read_out)
+
+        def forward(self, x: Any) -> Any:
+            with torch.no_grad():
+                return super().forward(x)
+
+    model = nanogpt(read_out)
+    model.h[0].__class__ = Frozen
+    refused(model, "without gradients")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), by_the_paper(model)(IDS))
+
+
+def test_memory_that_a_layer_uses_again() -> None:
+    class Buffered(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.kept = inner, torch.empty(2, 9, 32, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.kept.copy_(self.inner(x))
+
+    model = nanogpt(num_blocks=6)
+    with torch.no_grad():
+        parameters = model.attnres.stream
+        expected = reference.nanogpt(model, IDS, parameters.query, parameters.key_gain, partition(6, num_blocks=6))
+        buffered = Buffered(model.h[0].attn), Buffered(model.h[0].mlp)
+        for block in model.h:
+            block.attn, block.mlp = (Buffered(part) for part in (block.attn, block.mlp))
+            block.attn.kept, block.mlp.kept = buffered[0].kept, buffered[0].kept
+        model.__dict__[BY_VALUE] = True
+        torch.testing.assert_close(model(IDS), expected)
+
+
+def test_what_a_sublayer_adds_to_what_it_reads_is_no_layer() -> None:
+    class Noisy(nn.LayerNorm):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x + torch.ones(2, 9, 32, dtype=torch.float64) if self.training else x)
+
+    for compiled in (False, True):
+        model = nanogpt()
+        for block in model.h:
+            block.ln_1.__class__ = Noisy
+            if compiled:
+                block.compile(**AOT)
+        model.eval()
+        torch.testing.assert_close(model(IDS), by_the_paper(model)(IDS))
+        model.__dict__[BY_VALUE] = True
+        model.train()
+        with pytest.raises(Exception, match=r"continued twice|recorded no layer"):
+            model(IDS)
+
+
+def test_a_dropout_on_the_stream_and_nothing_written_to_it() -> None:
+    class Dropped(Aside):
+        aside = staticmethod(read_out)
+
+        def forward(self, x: Any) -> Any:
+            return super().forward(nn.functional.dropout(x, 0.5, False))
+
+    model = nanogpt()
+    for block in model.h:
+        block.__class__ = Dropped
+    check(model, model)
+
+    def written(module: Any, args: Any) -> None:
+        args[0].data = torch.zeros(2, 9, 32, dtype=torch.float64)
+
+    model.h[1].register_forward_pre_hook(written)
+    with pytest.raises(AttributeError):
+        model(IDS)
+
+
 def test_hooks_see_the_mix() -> None:
     model, seen = nanogpt(read_out), []
     for block in model.h:
@@ -294,20 +452,39 @@ def test_hooks_see_the_mix() -> None:
         torch.testing.assert_close(ours, theirs.detach())
 
 
+class HandNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 def test_one_mix_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = stream_module.MIX
     monkeypatch.setattr(stream_module, "MIX", lambda *args: calls.append(len(args[0])) or real(*args))
-
-    class HandNorm(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
     model = nanogpt(read_out)
     for block in model.h:
         block.ln_1, block.ln_2 = HandNorm(), HandNorm()
     model(IDS)
     assert calls == [2, 2, 2, 3, 3, 3]
+
+
+def test_one_mix_a_position_in_a_compiled_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+
+    def count(gm: Any, inputs: Any, options: Any, *rest: Any) -> Any:
+        lowered = run(LOWER, gm, options.context(training=False))
+        kept.append(sum("attnres.mix" in str(node.target) for node in lowered.graph.nodes))
+        return gm.forward
+
+    monkeypatch.setattr(backend, "compile_downstream", count)
+    model = nanogpt()
+    for block in model.h:
+        block.ln_1, block.ln_2 = HandNorm(), HandNorm()
+        block.compile(backend="attnres")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), by_the_paper(model)(IDS))
+    assert kept == [1, 2, 2]
 
 
 def test_threads() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support import models, reference
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import attnres_fx
+from attnres_fx.errors import AttnResError
 from attnres_fx.passes.findings import find_marked
 from attnres_fx.passes.graph.capture import capture
 from attnres_fx.passes.graph.record import record_of
@@ -258,3 +259,46 @@ def test_hidden_states_are_the_mixes(called_before: bool) -> None:
         wanted = [expected[0], expected[2], expected[4], model.model.norm(expected[6])]
     assert len(states) == 4
     assert models.relative(list(states), wanted) <= 1e-10
+
+
+def test_layers_that_begin_without_gradients_leave_them_to_the_others() -> None:
+    """The rows of queries and gains are taken in front of all layers, not in the grad mode of the first."""
+
+    class Lower(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.inner(x)
+
+    model = models.nanogpt(6)
+    model.h[0] = Lower(model.h[0])
+    attnres_fx.convert(model, models.token_ids(), num_blocks=3)
+    model(models.token_ids()).sum().backward()
+    query = model.attnres.stream.query
+    assert query.grad is not None and all(query.grad[position].abs().sum() > 0 for position in (3, 4, 5, 6))
+
+
+@torch.library.custom_op("semantics_tests::add", mutates_args=())
+def half_added(x: Tensor, y: Tensor) -> Tensor:
+    return x + 0.5 * y
+
+
+half_added.register_fake(lambda x, y: torch.empty_like(x))
+
+
+def test_an_operator_of_another_library_is_no_addition_by_its_name() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.branch = nn.LayerNorm(32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return half_added(x, self.branch(self.norm(x)))
+
+    model = models.nanogpt(6)
+    model.h = nn.ModuleList(Half() for _ in range(3))
+    with pytest.raises(AttnResError):
+        attnres_fx.convert(model, models.token_ids())

@@ -70,6 +70,11 @@ def injected(m: Any, x: Tensor, i: int) -> Tensor:
     return x
 
 
+def read_twice(m: Any, x: Tensor, i: int) -> Tensor:
+    sources = [x, m.branch(x, i)]
+    return attnres_fx.mix(sources, m.scale) * attnres_fx.mix(sources, m.scale)
+
+
 def with_dead_node() -> fx.GraphModule:
     gm = copy_graph_module(traced(lambda m, x, i: x + m.branch(x, i)))
     keep_unread(gm.graph)
@@ -119,6 +124,7 @@ EXAMPLES: dict[str, tuple[Callable[[], fx.GraphModule | fx.Graph], dict[str, Any
     "rewrite.streams": (marked, {}),
     "rewrite.remove_dead": (with_dead_node, {}),
     "lower.recomputation": (tagged, {}),
+    "lower.share": (lambda: traced(read_twice), {}),
     "lower.schedule": (rewritten, {"schedule": "two-phase"}),
     "lower.fuse": (rewritten, {}),
     "lower.select": (rewritten, {"kernels": "reference"}),
@@ -223,10 +229,10 @@ def test_the_log_lists_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    listed = [line.split() for line in lines[-11:]]  # the compiled call came last
+    listed = [line.split() for line in lines[-12:]]  # the compiled call came last
     assert [words[1] for words in listed] == [each.name for each in (*PREPARE, *REWRITE, *LOWER)]
-    assert [words[0] for words in listed] == [str(number) for number in range(1, 12)]
-    assert listed[5][-2:] == ["4", "changes"] and listed[8][-2:] == ["left", "out"]
+    assert [words[0] for words in listed] == [str(number) for number in range(1, 13)]
+    assert listed[5][-2:] == ["4", "changes"] and listed[9][-2:] == ["left", "out"]
     assert "attnres_6_rewrite_streams" in seen and not any("schedule" in name for name in seen)
 
 

@@ -273,3 +273,14 @@ def test_not_in_buckets_while_a_wrapper_runs(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     before = torch._dynamo.config.optimize_ddp
     assert before and seen == [before, False]
+
+
+def test_has_backward_hooks() -> None:
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        model = nn.Linear(2, 2)
+        model.register_forward_hook(lambda *_: None)
+        assert not dynamo.has_backward_hooks(model)
+        handle = getattr(model, register)(lambda *_: None)
+        assert dynamo.has_backward_hooks(model)
+        handle.remove()
+        assert not dynamo.has_backward_hooks(model)
