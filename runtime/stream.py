@@ -275,7 +275,7 @@ class Stream:
                 if name in _IN_PLACE:
                     return left.add_(right, alpha=alpha)
                 return _added(left, right, alpha)
-            if alpha == 1 and _is_term(left) and isinstance(right, Stream):
+            if alpha == 1 and isinstance(left, Tensor) and _is_term(left) and isinstance(right, Stream):
                 return right.plus(left)
         if name == "dropout" and args and isinstance(args[0], Stream) and not _active(*args[1:], **kwargs):
             return args[0]
