@@ -5,10 +5,11 @@ Written against torch 2.11 to 2.15. A new torch release is supported when these 
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -76,14 +77,29 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def inside_autograd_function() -> bool:
-    """Whether a torch.autograd.Function is running its forward, in which autograd records nothing."""
-    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    """Whether a torch.autograd.Function is running its forward, in which autograd records nothing.
+
+    By the frames on the stack: with a context as first argument, or of a forward that takes none.
+    """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is apply:
-            return True
+        code = frame.f_code
+        named = code.co_name == "forward"
+        if named or code.co_varnames[:1] == ("ctx",):
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(first, torch.autograd.function.FunctionCtx):
+                return True
+            if named and not isinstance(first, torch.nn.Module) and code in _forwards(torch.autograd.Function):
+                return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def _forwards(function: Any) -> Iterator[Any]:
+    """The code of the forwards of all functions derived from ``function``."""
+    for derived in function.__subclasses__():
+        yield getattr(inspect.unwrap(derived.forward), "__code__", None)
+        yield from _forwards(derived)
 
 
 def saved_tensor_hooks() -> Any:

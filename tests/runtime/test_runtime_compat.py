@@ -88,10 +88,26 @@ def test_inside_autograd_function_is_seen() -> None:
             seen.append(_compat.inside_autograd_function())
             return x * 1
 
+    class WithoutContext(torch.autograd.Function):
+        @staticmethod
+        def forward(*given: Tensor) -> Tensor:
+            seen.append(_compat.inside_autograd_function())
+            return given[0] * 1
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(_compat.inside_autograd_function())
+            return x
+
     Function.apply(torch.ones(2))
+    WithoutContext.apply(torch.ones(2))
     with torch.no_grad():
-        seen.append(_compat.inside_autograd_function())
-    assert seen == [True, False]
+        Module()(torch.ones(2))
+    assert seen == [True, True, False]
 
 
 def test_saved_tensor_hooks_tell_a_checkpointed_region_from_its_recomputation() -> None:
