@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnres_fx.converted import ROOT, STREAMS
+from attnres_fx.converted import ROOT, STREAMS, is_converted_class
 from attnres_fx.passes._compat.distributed import in_parallel, is_tensor_parallel, not_in_buckets
 from attnres_fx.passes._compat.dynamo import has_backward_hooks, has_compiled_parts, is_traced, outside_graphs
 from attnres_fx.passes._compat.graphs import pytree
@@ -28,11 +29,11 @@ from attnres_fx.passes.find.additions import starts_of
 from attnres_fx.passes.findings import Marked
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.reduction import refuse_unreduced
-from attnres_fx.runtime._compat import inside_autograd_function
+from attnres_fx.runtime._compat import in_backward, inside_autograd_function
 from attnres_fx.runtime.errors import ShardedStreamError, SplitStreamError
 from attnres_fx.runtime.marker import WITNESS
 from attnres_fx.runtime.parameters import CONTAINER, AttnRes, stream_parameters, streams_of
-from attnres_fx.runtime.stream import BY_VALUE, Passage, Stream
+from attnres_fx.runtime.stream import BY_VALUE, ENTRY, Passage, Stream
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,19 @@ class Run:
     waiting: dict[int, StreamPlan]
     parameters: dict[str, tuple[Tensor, Tensor | None]]
     passages: dict[str, Passage]
+
+
+class Caller:
+    """The owner that called the module in which its stream begins. Copies and files keep none."""
+
+    def __init__(self, owner: nn.Module | None = None, name: str = "") -> None:
+        self._owner, self.name = None if owner is None else weakref.ref(owner), name
+
+    def owner(self) -> nn.Module | None:
+        return None if self._owner is None else self._owner()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Caller, ()
 
 
 _RUNS: ContextVar[tuple[Run, ...]] = ContextVar("attnres_runs", default=())
@@ -103,7 +117,7 @@ def _opened(module: nn.Module) -> Run:
             _refuse_backward_hooks(module, plan)
         kind: Any = type(entry)
         entry.__class__ = entry_class(kind)
-        entry.__dict__[BY_VALUE] = True
+        entry.__dict__[ENTRY] = Caller(module, plan.name)
         waiting[id(entry)] = plan
         parameters[plan.name] = _parameters(module, plan)
     return Run(torch.is_grad_enabled(), waiting, parameters, {})
@@ -235,12 +249,15 @@ def entry_class(base: Any) -> Any:
         return base
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if BY_VALUE in self.__dict__:
+        if ENTRY in self.__dict__:
             args, kwargs = _begin(self, args, kwargs)
         return base.__call__(self, *args, **kwargs)
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return base.__new__, (base,), self.__getstate__()
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        """As an instance of ``base``: a copy is made ready by the first run of its own owner."""
+        if is_converted_class(base):
+            return base.__reduce_ex__(self, protocol)
+        return base.__new__, (base,), dict(self.__dict__)
 
     return type(base.__name__, (base,), {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
@@ -251,11 +268,10 @@ def entry_class(base: Any) -> Any:
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of ``module`` with the stream in place of the embedding b_0, if it is where one begins."""
     runs = _RUNS.get()
-    plan = runs[-1].waiting.get(id(module)) if runs else None
-    if plan is None:
+    run = runs[-1] if runs and id(module) in runs[-1].waiting else _again(module) if in_backward() else None
+    if run is None:
         return args, kwargs
-    run = runs[-1]
-
+    plan = run.waiting[id(module)]
     assert plan.start is not None
     key: Any = plan.start[1]
     names = list(inspect.signature(module.forward).parameters)
@@ -277,6 +293,16 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args, {**kwargs, key: stream}
 
 
+def _again(module: nn.Module) -> Run | None:
+    """A run for the stream that begins in ``module``, of which a checkpoint around it computes the beginning again."""
+    caller = module.__dict__[ENTRY]
+    owner = caller.owner()
+    if owner is None:
+        return None
+    plan = _plans(owner)[caller.name]
+    return Run(True, {id(module): plan}, {plan.name: _parameters(owner, plan)}, {})
+
+
 def _begun(run: Run, plan: StreamPlan, embedding: Tensor) -> Stream:
     """The stream at position 0."""
     assert plan.additions is not None
@@ -289,6 +315,7 @@ def _begun(run: Run, plan: StreamPlan, embedding: Tensor) -> Stream:
                       plan.mix_scale == "sum")
     passage.trains = run.trains and (query.requires_grad or embedding.requires_grad)
     passage.inside = passage.trains and inside_autograd_function()
+    passage.over = in_backward()
     run.passages[plan.name] = passage
     # Its memory may be used again by the module that made it, as it may after the first addition.
     first = embedding if embedding.requires_grad else embedding.clone()

@@ -27,7 +27,7 @@ from attnres_fx.runtime.errors import (
     PlainPathError,
 )
 from attnres_fx.runtime.parameters import CONTAINER, streams_of
-from attnres_fx.runtime.stream import BY_VALUE, SITE
+from attnres_fx.runtime.stream import BY_VALUE, ENTRY, SITE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -163,7 +163,7 @@ def detach(model: nn.Module) -> None:
     """Undo :func:`attach`."""
     for module in list(model.modules()):
         module.__class__ = original_class(type(module))
-        for name in (STREAMS, ROOT, PART, SITE, BY_VALUE, "_attnres_runner"):
+        for name in (STREAMS, ROOT, PART, SITE, BY_VALUE, ENTRY, "_attnres_runner"):
             module.__dict__.pop(name, None)
     del model._modules[CONTAINER]
 

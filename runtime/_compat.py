@@ -79,17 +79,14 @@ def is_capturing(device: torch.device) -> bool:
 def inside_autograd_function() -> bool:
     """Whether a torch.autograd.Function is running its forward, in which autograd records nothing.
 
-    By the frames on the stack: with a context as first argument, or of a forward that takes none.
+    By the frames on the stack. A backward is not meant: a checkpointed layer is computed again within one.
     """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        named = code.co_name == "forward"
-        if named or code.co_varnames[:1] == ("ctx",):
+        if code.co_name == "forward" or code.co_varnames[:1] == ("ctx",):
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if isinstance(first, torch.autograd.function.FunctionCtx):
-                return True
-            if named and not isinstance(first, torch.nn.Module) and code in _forwards(torch.autograd.Function):
+            if not isinstance(first, torch.nn.Module) and code in _forwards(torch.autograd.Function):
                 return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -100,6 +97,11 @@ def _forwards(function: Any) -> Iterator[Any]:
     for derived in function.__subclasses__():
         yield getattr(inspect.unwrap(derived.forward), "__code__", None)
         yield from _forwards(derived)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread: what runs is computed again for it."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def saved_tensor_hooks() -> Any:

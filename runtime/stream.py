@@ -23,7 +23,8 @@ from ._compat import OpOverload, OpOverloadPacket, inside_autograd_function, sav
 from .errors import Place, SitesChangedError, SplitStreamError
 from .mix import MIX
 
-BY_VALUE = "_attnres_by_value"  # on an owner that runs by value, and on the module that is handed b_0
+BY_VALUE = "_attnres_by_value"  # on an owner that runs by value
+ENTRY = "_attnres_entry"  # on the module that is handed b_0: which owner called it last
 SITE = "_attnres_site"  # on a module in which layers end: their paths below the owner of the stream
 
 
@@ -144,7 +145,7 @@ class Stream:
         dtype = torch.promote_types(self.dtype, term.dtype)
         layout = tuple(step for step in self.steps if step.undo is not None)
         if layout or term.shape != self.blocks[0].shape:
-            term = term.expand_as(self.value()) if layout else term.expand_as(self.blocks[0])
+            term = term.expand(self.shape)
         for step in reversed(layout):
             term = step.undo(term)  # type: ignore[misc]
         terms = term if self.terms is None else self.terms + term
@@ -315,8 +316,8 @@ _IN_PLACE = frozenset({"add_", "__iadd__"})
 _WRITES = frozenset({"__setitem__"})
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"})
-_SELF_INVERSE = frozenset({"transpose", "swapaxes", "swapdims", "t"})
-_THROUGH = _CASTS | _RESHAPES | _SELF_INVERSE | {"clone", "contiguous", "permute", "movedim", "moveaxis"}
+_PERMUTES = frozenset({"transpose", "swapaxes", "swapdims", "t", "permute", "movedim", "moveaxis"})
+_THROUGH = _CASTS | _RESHAPES | _PERMUTES | {"clone", "contiguous"}
 
 
 def _is_of_torch(function: Any) -> bool:

@@ -21,7 +21,7 @@ from attnres_fx.passes._compat.transformers import install_output_capture
 from attnres_fx.passes.graph.edit import copy_graph_module
 from attnres_fx.passes.graph.graph_breaks import explain_break, known_remedy
 from attnres_fx.runtime.errors import AttnResError, GraphBreakError, Place, TracingError
-from attnres_fx.runtime.stream import BY_VALUE
+from attnres_fx.runtime.stream import BY_VALUE, ENTRY
 
 pass_over_requires_grad()
 
@@ -72,12 +72,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 @contextmanager
 def as_one_graph(model: nn.Module) -> Iterator[None]:
     """Have the parts of ``model`` that run by value be traced into the graph meanwhile."""
-    switched = [part for part in model.modules() if part.__dict__.pop(BY_VALUE, False)]
+    marks = [(part, name, part.__dict__.pop(name)) for part in model.modules() for name in (BY_VALUE, ENTRY)
+             if name in part.__dict__]
     try:
         yield
     finally:
-        for part in switched:
-            part.__dict__[BY_VALUE] = True
+        for part, name, mark in marks:
+            part.__dict__[name] = mark
 
 
 _USER_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')

@@ -22,6 +22,7 @@ from attnres_fx.converted import STREAMS
 from attnres_fx.passes.pipeline import LOWER, run
 from attnres_fx.passes.rewrite.partition import partition
 from attnres_fx.runtime import stream as stream_module
+from attnres_fx.runtime.mix import MIX_REFERENCE
 from attnres_fx.runtime.stream import BY_VALUE
 
 IDS = models.token_ids()
@@ -133,7 +134,7 @@ def test_a_break_with_all_defaults() -> None:
     check(model, torch.compile(model, backend="attnres"))
 
 
-@pytest.mark.parametrize("aside", [None, cut], ids=["whole", "broken"])
+@pytest.mark.parametrize("aside", [None, *ASIDES.values()], ids=["whole", *ASIDES])
 def test_layers_that_are_compiled_one_by_one(aside: Any) -> None:
     model = nanogpt(aside)
     mixes = []
@@ -213,6 +214,28 @@ def test_checkpointed_layers() -> None:
         block.__class__ = Checkpointed
     check(model, model)
     assert BY_VALUE in model.__dict__
+
+
+class Checkpointing(reference.NanoGPT):
+    """Checkpoints its layers from outside, the first one around the beginning of the stream."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.h:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(self.ln_f(x))
+
+
+@pytest.mark.parametrize("in_python", [False, True], ids=["native", "a function in Python"])
+def test_layers_checkpointed_from_outside(in_python: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the mix is a function in Python, as it is on a GPU, its backward has the layers computed again."""
+    if in_python:
+        monkeypatch.setattr(stream_module, "MIX", MIX_REFERENCE)
+    torch._dynamo.reset()
+    model = models.randomize(Checkpointing()).double()
+    attnres_fx.convert(model, (IDS,), num_blocks=2)
+    disturbed(model).__dict__[BY_VALUE] = True
+    check(model, model)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

@@ -120,3 +120,29 @@ def test_saved_tensor_hooks_tell_a_checkpointed_region_from_its_recomputation() 
     torch.utils.checkpoint.checkpoint(region, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
     outside, forward, recomputed = seen
     assert outside is None and forward is not None and recomputed is not None and forward != recomputed
+
+
+def test_in_backward() -> None:
+    seen = [_compat.in_backward()]
+    x = torch.ones(2, requires_grad=True)
+    y = x.sin()
+    y.register_hook(lambda grad: seen.append(_compat.in_backward()))
+    y.sum().backward()
+    assert seen == [False, True]
+
+
+def test_a_backward_is_not_within_the_forward_of_a_function() -> None:
+    seen = []
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            seen.append(_compat.inside_autograd_function())
+            return grad
+
+    Function.apply(torch.ones(2, requires_grad=True)).sum().backward()
+    assert seen == [False]
