@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from model import Case, Result, build, call_of, summarize, table_of
+from model import Case, Result, build, call_of, in_turn, summarize, table_of
 from rich.console import Console
 from torch import Tensor
 
@@ -57,15 +57,7 @@ def measure(case: Case, way: str, rounds: int) -> list[Result]:
         outputs[name] = call()
         first[name] = time.perf_counter() - begin
     calls["control"], first["control"] = calls["plain"], first["plain"]
-    order = ["plain", "control", "attnres", "by value"]
-    taken: dict[str, list[float]] = {name: [] for name in order}
-    for number in range(rounds + 1):
-        start = number % len(order)  # nobody is always first
-        for name in order[start:] + order[:start]:
-            begin = time.perf_counter()
-            outputs[name] = calls[name]()
-            if number:
-                taken[name].append(1e3 * (time.perf_counter() - begin))
+    taken = in_turn(calls, ["plain", "control", "attnres", "by value"], rounds, outputs)
     results = summarize(case, taken, first, outputs)
     assert max(result.deviation for result in results) < 1e-3, results
     return results

@@ -220,6 +220,21 @@ def first_call(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
         return time.perf_counter() - begin, result
 
 
+def in_turn(
+    calls: dict[str, Callable[[], Tensor]], order: Sequence[str], rounds: int, outputs: dict[str, Tensor]
+) -> dict[str, list[float]]:
+    """Milliseconds of each of ``calls`` in each round, after one that is not counted; ``outputs`` are the last ones."""
+    taken: dict[str, list[float]] = {name: [] for name in order}
+    for number in range(rounds + 1):
+        start = number % len(order)  # nobody is always first
+        for name in [*order[start:], *order[:start]]:
+            begin = time.perf_counter()
+            outputs[name] = calls[name]()
+            if number:
+                taken[name].append(1e3 * (time.perf_counter() - begin))
+    return taken
+
+
 def measure(case: Case, rounds: int, variants: Sequence[str] = DEFAULT) -> list[Result]:
     """Compile the variants, then call them in turn."""
     torch._dynamo.reset()
@@ -234,14 +249,7 @@ def measure(case: Case, rounds: int, variants: Sequence[str] = DEFAULT) -> list[
         first[name], outputs[name] = first_call(calls[name])
     order = [name for name in VARIANTS if name in models or name == "control"]
     calls["control"], first["control"] = calls["plain"], first["plain"]
-    taken: dict[str, list[float]] = {name: [] for name in order}
-    for number in range(rounds + 1):
-        start = number % len(order)  # nobody is always first
-        for name in order[start:] + order[:start]:
-            begin = time.perf_counter()
-            outputs[name] = calls[name]()
-            if number:
-                taken[name].append(1e3 * (time.perf_counter() - begin))
+    taken = in_turn(calls, order, rounds, outputs)
     return summarize(case, taken, first, outputs)
 
 

@@ -19,6 +19,7 @@ import attnres_fx
 from attnres_fx import backend, by_value, errors
 from attnres_fx.by_value import can_run
 from attnres_fx.converted import STREAMS
+from attnres_fx.passes.graph import vocabulary
 from attnres_fx.passes.pipeline import LOWER, run
 from attnres_fx.passes.rewrite.partition import partition
 from attnres_fx.runtime import stream as stream_module
@@ -698,3 +699,8 @@ def test_situations(situation: Any, way: str, one_process: Any, monkeypatch: pyt
         ours = parameter.grad
         whole = ours.full_tensor() if hasattr(ours, "full_tensor") else ours
         assert models.relative(whole.view_as(theirs), theirs) < 1e-5  # Llama has norms in float32
+
+
+def test_what_passes_a_stream_on_does_so_in_a_graph_too() -> None:
+    in_graphs = vocabulary.CASTS | vocabulary.COPIES | vocabulary.RESHAPES | vocabulary.PERMUTES
+    assert in_graphs >= stream_module._THROUGH and vocabulary.ADDITIONS >= stream_module._ADDITIONS
