@@ -23,10 +23,17 @@ from torch import Tensor, fx, nn
 
 from attnres_fx.converted import ROOT, STREAMS, is_converted_class
 from attnres_fx.passes._compat.distributed import in_parallel, is_tensor_parallel, not_in_buckets
-from attnres_fx.passes._compat.dynamo import has_backward_hooks, has_compiled_parts, is_traced, outside_graphs
+from attnres_fx.passes._compat.dynamo import (
+    graphs_being_traced,
+    has_backward_hooks,
+    has_compiled_parts,
+    is_traced,
+    outside_graphs,
+)
 from attnres_fx.passes._compat.graphs import pytree
 from attnres_fx.passes.find.additions import starts_of
 from attnres_fx.passes.findings import Marked
+from attnres_fx.passes.rewrite.match import markers_of
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.reduction import refuse_unreduced
 from attnres_fx.runtime._compat import in_backward, inside_autograd_function
@@ -249,7 +256,7 @@ def entry_class(base: Any) -> Any:
         return base
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ENTRY in self.__dict__:
+        if ENTRY in self.__dict__ and not (torch.compiler.is_dynamo_compiling() and _in_one_graph()):
             args, kwargs = _begin(self, args, kwargs)
         return base.__call__(self, *args, **kwargs)
 
@@ -262,6 +269,12 @@ def entry_class(base: Any) -> Any:
     return type(base.__name__, (base,), {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
         "_attnres_entry_of": base, "__call__": __call__, "__reduce_ex__": __reduce_ex__})
+
+
+@torch.compiler.assume_constant_result
+def _in_one_graph() -> bool:
+    """Whether the code that asks is being traced into a graph in which its streams are marked already."""
+    return any(markers_of(graph) for graph in graphs_being_traced())
 
 
 @torch.compiler.disable

@@ -254,6 +254,16 @@ def compiling_frame() -> Frame | None:
     return _frame_of(output.root_tx.f_code, dict(output.local_scope), output.global_scope)
 
 
+def graphs_being_traced() -> list[fx.Graph]:
+    """The graph that Dynamo is tracing, with those of the functions within it that get graphs of their own."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return [tracer.graph for tracer in InstructionTranslator.current_tx().output.tracers]
+    except (AttributeError, RuntimeError):
+        return []
+
+
 def _frame_of(code: types.CodeType, local: Mapping[str, Any], scope: Mapping[str, Any]) -> Frame:
     this = local.get(code.co_varnames[0]) if code.co_argcount else None
     named = [*local.values(), *(scope[name] for name in code.co_names if name in scope)]

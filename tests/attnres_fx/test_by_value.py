@@ -130,6 +130,15 @@ def test_what_breaks_the_graph_while_it_is_compiled(aside: Any) -> None:
     assert BY_VALUE in model.__dict__
 
 
+def test_one_graph_of_a_model_whose_layers_have_run_by_value() -> None:
+    model = nanogpt()
+    for layer in model.h:
+        layer.compile(**AOT)
+    check(model, model)
+    check(model, torch.compile(model, fullgraph=True, **AOT))
+    check(model, model)
+
+
 def test_a_break_with_all_defaults() -> None:
     model = nanogpt(cut)
     check(model, torch.compile(model, backend="attnres"))
