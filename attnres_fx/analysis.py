@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from attnres_fx.by_value import ways_of
 from attnres_fx.passes._compat.dynamo import unwrap
 from attnres_fx.passes.find.obstacles import absence
 from attnres_fx.passes.findings import Findings, find
@@ -36,7 +37,7 @@ def report_of(found: Findings, model: nn.Module | None = None) -> Report:
     streams = [s for s in found.streams if not any(o.kind == "mix" and is_mix(o.node) for o in s.obstacles)]
     streams = list(named_streams(streams, [owner_of(stream, model) for stream in streams]))
     seen = "" if streams or mixes else absence(graph)
-    return Report(tuple(describe_stream(stream) for stream in streams), mixes, seen)
+    return Report(tuple(describe_stream(stream) for stream in streams), mixes, seen, {} if model is None else ways_of(model))
 
 
 def _mix_entry(node: fx.Node) -> MixEntry:

@@ -40,19 +40,22 @@ from attnres_fx.runtime._compat import in_backward, inside_autograd_function
 from attnres_fx.runtime.errors import ShardedStreamError, SplitStreamError
 from attnres_fx.runtime.marker import WITNESS
 from attnres_fx.runtime.parameters import CONTAINER, AttnRes, stream_parameters, streams_of
-from attnres_fx.runtime.stream import BY_VALUE, ENTRY, Passage, Stream
+from attnres_fx.runtime.passage import Passage
+from attnres_fx.runtime.stream import BY_GRAPH, BY_VALUE, ENTRY, Stream
 
 log = logging.getLogger(__name__)
+UNTOUCHED = "_attnres_untouched"  # on an exception that ended a run by value: whether no layer had run yet
 
 
 @dataclass
 class Run:
     """One call of an owner: its plans by the module that is handed b_0, query and key gain of each, and what has begun.
 
-    ``trains``: it was called with gradients.
+    ``trains``: it was called with gradients; ``inside``: within a torch.autograd.Function.
     """
 
     trains: bool
+    inside: bool
     waiting: dict[int, StreamPlan]
     parameters: dict[str, tuple[Tensor, Tensor | None]]
     passages: dict[str, Passage]
@@ -80,34 +83,65 @@ def is_running() -> bool:
 
 
 def runs_by_value(module: nn.Module) -> bool:
-    """Whether the owner ``module`` runs by value: it was switched, or its layers are compiled one by one.
+    """Whether this call of the owner ``module`` runs by value.
 
-    An exported program is one graph in any case.
+    While a compiler traces, only if no whole graph of it could be had. In eager code, if it was run so when it was
+    converted or its layers are compiled one by one; unless only a graph can serve the call.
     """
     if BY_VALUE in module.__dict__:
         return not torch.compiler.is_exporting()
-    return not is_traced() and has_compiled_parts(module) and can_run(module)
+    if is_traced() or BY_GRAPH in module.__dict__ or not can_run(module):
+        return False
+    if not all(plan.trial == "" for plan in _plans(module).values()):
+        return has_compiled_parts(module)
+    # Of weights that are divided among processes only a graph shows whether each of them holds the whole stream.
+    divided = torch.is_grad_enabled() and in_parallel() and is_tensor_parallel(module)
+    return not divided or has_compiled_parts(module)
 
 
 def switch(module: nn.Module, cause: Exception) -> None:
     """Have the owner ``module`` run by value from now on, since no whole graph of it can be had for the given ``cause``."""
-    module.__dict__[BY_VALUE] = True
+    module.__dict__[BY_VALUE] = str(cause).splitlines()[0]
     log.warning("%s runs by value from now on, layer by layer, and not as one graph: %s. Its numbers are the same; the norm "
                 "behind a mix is fused with it only in pieces that are compiled", type(module).__name__,
-                str(cause).splitlines()[0])
+                module.__dict__[BY_VALUE])
+
+
+def ways_of(model: nn.Module) -> dict[str, str]:
+    """How each stream of a converted ``model`` runs when the model is called eagerly, and why, by its name."""
+    found = {}
+    for owner in model.modules():
+        for name, plan in _plans(owner).items() if STREAMS in owner.__dict__ else ():
+            if BY_VALUE in owner.__dict__:
+                found[name] = f"by value, compiled too: {owner.__dict__[BY_VALUE]}"
+            elif BY_GRAPH in owner.__dict__:
+                found[name] = f"as one graph: {owner.__dict__[BY_GRAPH]}"
+            else:
+                found[name] = plan.way
+    return found
 
 
 def can_run(module: nn.Module) -> bool:
     """Whether every stream that ``module`` owns can be run by value."""
-    return all(plan.additions is not None and _entry(module, plan) is not None for plan in _plans(module).values())
+    return all(plan.additions is not None and not plan.trial and _entry(module, plan) is not None
+               for plan in _plans(module).values())
+
+
+def is_untouched(error: Exception) -> bool:
+    """Whether no layer of any stream had run, and nothing had been read from one, when a run by value raised ``error``."""
+    return bool(getattr(error, UNTOUCHED, False))
 
 
 @outside_graphs
 def run_by_value(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``base.forward`` of the owner ``module``, its streams as values. Raises SplitStreamError, SitesChangedError."""
     run = _opened(module)
-    with _running(run), not_in_buckets():
-        outputs = base.forward(module, *args, **kwargs)
+    try:
+        with _running(run), not_in_buckets():
+            outputs = base.forward(module, *args, **kwargs)
+    except Exception as error:
+        setattr(error, UNTOUCHED, not any(passage.was_read or passage.reached for passage in run.passages.values()))
+        raise
     return _closed(run, outputs)
 
 
@@ -127,7 +161,7 @@ def _opened(module: nn.Module) -> Run:
         entry.__dict__[ENTRY] = Caller(module, plan.name)
         waiting[id(entry)] = plan
         parameters[plan.name] = _parameters(module, plan)
-    return Run(torch.is_grad_enabled(), waiting, parameters, {})
+    return Run(torch.is_grad_enabled(), torch.is_grad_enabled() and inside_autograd_function(), waiting, parameters, {})
 
 
 def _refuse_backward_hooks(owner: nn.Module, plan: StreamPlan) -> None:
@@ -238,15 +272,21 @@ def _note(stream: str, path: str, width: int, module: nn.Module, args: Any, kwar
 
 def record_starts(model: nn.Module, marked: Marked, witnesses: Sequence[tuple[str, fx.Node]]) -> None:
     """Complete the plans of a converted ``model`` with the modules that are handed b_0."""
-    streams = streams_of(model) or {}
     for assignment in marked.assignments:
         plan = assignment.plan
         places = [place.split("|") for place in starts_of(assignment.stream, witnesses)]
         start = next(((path, key) for name, path, key in places if name == plan.name), None)
         if start is not None:
-            text = replace(plan, start=start).to_json()
-            streams[plan.name].plan = text
-            model.get_submodule(plan.owner).__dict__[STREAMS][plan.name] = text
+            record(model, replace(plan, start=start))
+        elif plan.trial is None:
+            record(model, replace(plan, trial="its embedding is handed to no module that holds the first layer"))
+
+
+def record(model: nn.Module, plan: StreamPlan) -> None:
+    """Have ``plan`` take the place of the plan of that name in the converted ``model``."""
+    streams = streams_of(model) or {}
+    streams[plan.name].plan = plan.to_json()
+    model.get_submodule(plan.owner).__dict__[STREAMS][plan.name] = plan.to_json()
 
 
 @functools.cache
@@ -313,7 +353,7 @@ def _again(module: nn.Module) -> Run | None:
     if owner is None:
         return None
     plan = _plans(owner)[caller.name]
-    return Run(True, {id(module): plan}, {plan.name: _parameters(owner, plan)}, {})
+    return Run(True, False, {id(module): plan}, {plan.name: _parameters(owner, plan)}, {})
 
 
 def _begun(run: Run, plan: StreamPlan, embedding: Tensor) -> Stream:
@@ -327,7 +367,7 @@ def _begun(run: Run, plan: StreamPlan, embedding: Tensor) -> Stream:
     passage = Passage(plan.name, plan.boundaries, [path for path, _ in plan.sites], plan.additions, plan.eps,
                       plan.mix_scale == "sum")
     passage.trains = run.trains and (query.requires_grad or embedding.requires_grad)
-    passage.inside = passage.trains and inside_autograd_function()
+    passage.inside = run.inside
     passage.over = in_backward()
     run.passages[plan.name] = passage
     # Its memory may be used again by the module that made it, as it may after the first addition.

@@ -19,7 +19,7 @@ from attnres_fx.passes.graph.capture import capture
 from attnres_fx.passes.rewrite.match import markers_of
 from attnres_fx.passes.rewrite.plan import MIX_SCALES, StreamPlan
 from attnres_fx.planning import as_args, parameter_dtype, plan_streams
-from attnres_fx.runner import converted_class
+from attnres_fx.runner import RUNNER, converted_class
 from attnres_fx.runtime.errors import (
     AlreadyConvertedError,
     OptionError,
@@ -27,7 +27,8 @@ from attnres_fx.runtime.errors import (
     PlainPathError,
 )
 from attnres_fx.runtime.parameters import CONTAINER, streams_of
-from attnres_fx.runtime.stream import BY_VALUE, ENTRY, SITE
+from attnres_fx.runtime.stream import BY_GRAPH, BY_VALUE, ENTRY, SITE
+from attnres_fx.trial import try_by_value
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,10 +49,12 @@ def convert(
 ) -> Model:
     """Convert ``model`` to Attention Residuals in place, and return it.
 
-    The model is traced on ``model(*args, **kwargs)`` and not run. It keeps its parameters and its ``state_dict`` keys, and
-    gains ``model.attnres``: per stream a ``query`` [L+1, d] of zeros and a ``key_gain`` [L+1, d] of ones. Afterwards it runs
-    the rewritten network however it is called, or raises; it never runs as the plain residual network. A model under
-    adapters of PEFT gains them as a part of every adapter (``modules_to_save``).
+    The model is traced on ``model(*args, **kwargs)``, and then called once on copies of them, without gradients, to see
+    whether it runs by value as it does by its graph (docs/by_value.md); its buffers, attributes and the random state are put
+    back. It keeps its parameters and its ``state_dict`` keys, and gains ``model.attnres``: per stream a ``query`` [L+1, d]
+    of zeros and a ``key_gain`` [L+1, d] of ones. Afterwards it runs the rewritten network however it is called, or raises;
+    it never runs as the plain residual network. A model under adapters of PEFT gains them as a part of every adapter
+    (``modules_to_save``).
 
     Args:
         num_blocks: the largest number of blocks; a block has S = ceil(L / num_blocks) layers, and the last may be short. 8
@@ -94,10 +97,10 @@ def convert(
     attach(host, plans, dtype)
     try:
         with witnessed(host, plans):
-            lowered, _ = capture(inner, as_args(args), kwargs or {})
+            lowered, inputs = capture(inner, as_args(args), kwargs or {})
         marked = find_marked(lowered)
         record_starts(host, marked, witnesses_of(marked.gm.graph))
-        marked.rewritten()
+        try_by_value(host, inner, as_args(args), kwargs or {}, marked, inputs)
     except BaseException:
         detach(host)
         raise
@@ -163,7 +166,7 @@ def detach(model: nn.Module) -> None:
     """Undo :func:`attach`."""
     for module in list(model.modules()):
         module.__class__ = original_class(type(module))
-        for name in (STREAMS, ROOT, PART, SITE, BY_VALUE, ENTRY, "_attnres_runner"):
+        for name in (STREAMS, ROOT, PART, SITE, BY_VALUE, BY_GRAPH, ENTRY, RUNNER):
             module.__dict__.pop(name, None)
     del model._modules[CONTAINER]
 

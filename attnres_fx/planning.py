@@ -67,10 +67,12 @@ def plan_streams(
             continue
         closing = partition(stream.num_layers, num_blocks=num_blocks, layers_per_block=layers_per_block,
                             boundaries=_boundaries_of(stream, boundaries, len(chosen)))
+        additions = found.additions(stream)
         plan = StreamPlan(
             name=stream.name, owner=owner, num_layers=stream.num_layers, width=stream.width, boundaries=closing,
             sites=_sites_below(stream, model, owner, spelled), eps=float(eps), mix_scale=mix_scale, key_gain=key_gain,
-            additions=found.additions(stream))
+            additions=None if isinstance(additions, str) else additions,
+            trial=additions if isinstance(additions, str) else None)
         if not any(other.owner == plan.owner and other.sites == plan.sites for other in plans):
             plans.append(plan)  # a module called twice is one stream with one set of parameters
     return plans

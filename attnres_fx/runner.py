@@ -8,6 +8,7 @@ same through a cached compiled function whose backend rewrites the graph and run
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import types
 import warnings
@@ -16,9 +17,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from attnres_fx.by_value import can_run, run_by_value, runs_by_value, switch
+from attnres_fx.by_value import can_run, is_untouched, run_by_value, runs_by_value, switch
 from attnres_fx.converted import ROOT, STREAMS
 from attnres_fx.passes._compat.dynamo import (
     compile_whole,
@@ -53,8 +54,11 @@ from attnres_fx.runtime.errors import (
 )
 from attnres_fx.runtime.marker import ENTER
 from attnres_fx.runtime.parameters import stream_parameters
+from attnres_fx.runtime.stream import BY_GRAPH, BY_VALUE, Stream
 
-_RUNNER = "_attnres_runner"
+log = logging.getLogger(__name__)
+
+RUNNER = "_attnres_runner"
 _COLLECTED = "_attnres_collected"  # on an owner within which hooks collect outputs for a model around it
 _SPEAKS = "_attnres_speaks"  # on an owner whose forward warns, logs or prints
 # How many kinds of calls (train and eval, with and without grad, a cache, labels ...) an uncompiled model may see. Dynamo's
@@ -84,11 +88,11 @@ def enter_streams(module: nn.Module, within: bool = False) -> None:
 
 
 def _runner(module: nn.Module, base: type[nn.Module]) -> Callable[..., Any]:
-    cached: Callable[..., Any] | None = module.__dict__.get(_RUNNER)
+    cached: Callable[..., Any] | None = module.__dict__.get(RUNNER)
     if cached is None:
         with _MAKING:  # one for all threads, or each would compile its own
-            cached = module.__dict__.get(_RUNNER) or _made_runner(base)
-            module.__dict__[_RUNNER] = cached
+            cached = module.__dict__.get(RUNNER) or _made_runner(base)
+            module.__dict__[RUNNER] = cached
     return cached
 
 
@@ -114,9 +118,6 @@ def _made_runner(base: type[nn.Module]) -> Callable[..., Any]:
 def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], retries: int = 3) -> Any:
     for name, plan in module.__dict__[STREAMS].items():  # what cannot be read raises here, and not within the tracer
         stream_parameters(module.__dict__.get(ROOT, module._modules), name, plan)
-    if torch.jit.is_tracing():
-        raise PlainPathError("torch.jit cannot trace a converted model, which is traced by torch.compile within",
-                             remedy="compile it with torch.compile(model, backend='attnres')")
     install_output_capture(module, kwargs)
     try:
         collector = output_collector() if module.__dict__.get(_COLLECTED) else None
@@ -139,6 +140,45 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
         if translated is error:
             raise
         raise translated from error
+
+
+def _run_either_way(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """By value; or by its graph, if the first thing that ``module`` does with a stream needs a tensor."""
+    drawn = _random_state() if module.training else None
+    try:
+        return run_by_value(module, base, args, kwargs)
+    except Exception as error:
+        if BY_VALUE in module.__dict__ or not is_untouched(error) or not _is_of_streams(error):
+            raise
+        cause = error
+    if drawn is not None:
+        _set_random_state(drawn)
+    result = _run(module, base, args, kwargs)
+    if BY_VALUE not in module.__dict__:
+        module.__dict__[BY_GRAPH] = str(cause).splitlines()[0]
+        log.info("%s runs as one graph from now on: %s", type(module).__name__, module.__dict__[BY_GRAPH])
+    return result
+
+
+RandomState = tuple[Tensor, Tensor | None]
+
+
+def _random_state() -> RandomState:
+    """The state of torch's random numbers, on the CPU and on the current CUDA device if there is one in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def _set_random_state(state: RandomState) -> None:
+    """Have torch draw again what it drew after :func:`_random_state`."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
+def _is_of_streams(error: Exception) -> bool:
+    """Whether ``error`` may come from a stream in the place of a tensor."""
+    return isinstance(error, AttnResError) or (
+        isinstance(error, (TypeError, ValueError, AttributeError, RuntimeError)) and Stream.__name__ in str(error))
 
 
 def _run_split(
@@ -187,18 +227,21 @@ def _generated_class(base: Any, owns: bool, root: bool) -> type[nn.Module]:
     if owns:
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if runs_by_value(self):
-                return run_by_value(self, base, args, kwargs)
             if is_traced():
+                if runs_by_value(self):
+                    return run_by_value(self, base, args, kwargs)
                 enter_streams(self)
                 return base.forward(self, *args, **kwargs)
-            return _run(self, base, args, kwargs)
+            if torch.jit.is_tracing():
+                raise PlainPathError("torch.jit cannot trace a converted model, whose streams it does not know",
+                                     remedy="compile it with torch.compile(model, backend='attnres')")
+            return _run_either_way(self, base, args, kwargs) if runs_by_value(self) else _run(self, base, args, kwargs)
 
         namespace["forward"] = forward
 
     def __getstate__(self: nn.Module) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.pop(_RUNNER, None)
+        state.pop(RUNNER, None)
         return state
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

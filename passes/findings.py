@@ -32,8 +32,8 @@ class Findings:
     mixes: tuple[Recognized, ...]
     overwritten: frozenset[str] = frozenset()
 
-    def additions(self, stream: Stream) -> tuple[int, ...] | None:
-        """For each layer of ``stream`` the additions to it; None if the stream cannot be run by value."""
+    def additions(self, stream: Stream) -> tuple[int, ...] | str:
+        """For each layer of ``stream`` the additions to it, or why the stream cannot be run by value."""
         return additions_of(stream, self.overwritten)
 
 

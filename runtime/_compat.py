@@ -107,3 +107,8 @@ def in_backward() -> bool:
 def saved_tensor_hooks() -> Any:
     """What tells one checkpointed region, and its recomputation, from another: the hooks that keep what autograd saves."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often ``tensor``, or what shares its memory, was written into; -1 of an inference tensor, which does not count."""
+    return -1 if tensor.is_inference() else int(tensor._version)

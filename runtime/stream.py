@@ -10,56 +10,24 @@ place there raises. What only passes the stream on (a reshape, a cast, a copy) g
 
 from __future__ import annotations
 
+import functools
 import operator
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._compat import OpOverload, OpOverloadPacket, inside_autograd_function, saved_tensor_hooks
-from .errors import Place, SitesChangedError, SplitStreamError
+from .errors import SitesChangedError, SplitStreamError
 from .mix import MIX
+from .passage import Passage, running_module
 
 BY_VALUE = "_attnres_by_value"  # on an owner that runs by value
+BY_GRAPH = "_attnres_by_graph"  # on an owner that does not, since a call of it could not
 ENTRY = "_attnres_entry"  # on the module that is handed b_0: which owner called it last
 SITE = "_attnres_site"  # on a module in which layers end: their paths below the owner of the stream
-
-
-class Passage:
-    """One way of a stream through its layers: what a conversion fixed, and how far this call has come.
-
-    ``boundaries`` are the positions at which blocks close, ``sites`` the path of the module in which each layer ends,
-    ``additions`` the number of additions to the stream in each layer. Not a dataclass: tools that look into dataclasses for
-    tensors have nothing to look for here.
-    """
-
-    def __init__(
-        self, name: str, boundaries: Sequence[int], sites: Sequence[str], additions: Sequence[int], eps: float, summed: bool
-    ) -> None:
-        self.name, self.boundaries, self.sites, self.additions = name, tuple(boundaries), tuple(sites), tuple(additions)
-        self.eps, self.summed = eps, summed
-        self.trains = False  # whether gradients are to come through the stream
-        self.inside = False  # whether all of the call is within a torch.autograd.Function
-        self.reached = 0  # layers passed
-        self.over = False  # whether the call has returned: what comes later is recomputed for a backward
-
-    @property
-    def num_layers(self) -> int:
-        """L of the paper."""
-        return self.boundaries[-1]
-
-    def check_complete(self) -> None:
-        """Raise SplitStreamError unless every layer was passed."""
-        if self.reached != self.num_layers:
-            raise SplitStreamError(
-                f"this call passed {self.reached} of the {self.num_layers} layers of stream '{self.name}'; the next one, in "
-                f"'{self.sites[self.reached] or 'the owner itself'}', was not reached, or its addition did not see the "
-                "stream", place=Place(module=self.sites[self.reached]),
-                remedy="call the model as it was converted: no layer drop or early exit, and no hook that replaces the "
-                "hidden states between layers by a tensor of its own")
 
 
 @dataclass(eq=False, repr=False)
@@ -112,6 +80,8 @@ class Stream:
 
     def _read(self) -> Tensor:
         value = self._mix()
+        if not torch.compiler.is_dynamo_compiling():
+            self.passage.was_read = True
         if self.terms is not None:
             value = value + self.terms
         for step in self.steps:
@@ -298,22 +268,10 @@ def read(value: Any) -> Any:
     return value
 
 
-def running_module() -> nn.Module | None:
-    """The innermost module whose method is running."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
-            this = frame.f_locals.get("self")
-            if isinstance(this, nn.Module):
-                return this
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
 _ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 _IN_PLACE = frozenset({"add_", "__iadd__"})
 _WRITES = frozenset({"__setitem__"})
+_SETTINGS = (torch.dtype, bool, type(None), torch.memory_format)
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"})
 _PERMUTES = frozenset({"transpose", "swapaxes", "swapdims", "t", "permute", "movedim", "moveaxis"})
@@ -356,10 +314,10 @@ def _through(stream: Stream, name: str, function: Any, args: tuple[Any, ...], kw
     if name == "contiguous":
         return stream
     if name in _CASTS:
-        probe = function(torch.empty(0, dtype=stream.dtype, device=stream.device), *args, **kwargs)
-        if probe.device != stream.device or not probe.is_floating_point():
+        dtype, device = _cast(function, stream.dtype, stream.device, args, kwargs)
+        if device != stream.device or not dtype.is_floating_point:
             return function(stream.value(), *args, **kwargs)
-        return stream if probe.dtype == stream.dtype else _stepped(stream, Step(function, args, kwargs, None))
+        return stream if dtype == stream.dtype else _stepped(stream, Step(function, args, kwargs, None))
     before = stream.shape
     undo: Callable[[Tensor], Tensor]
     if name in _RESHAPES:
@@ -377,6 +335,24 @@ def _through(stream: Stream, name: str, function: Any, args: tuple[Any, ...], kw
         def undo(term: Tensor) -> Tensor:
             return term.permute(back)
     return _stepped(stream, Step(function, args, kwargs, undo))
+
+
+def _cast(
+    function: Any, dtype: torch.dtype, device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.dtype, torch.device]:
+    """What the cast ``function`` makes of a tensor of ``dtype`` on ``device``."""
+    if torch.compiler.is_dynamo_compiling() or not all(isinstance(value, _SETTINGS) for value in (*args, *kwargs.values())):
+        probe = function(torch.empty(0, dtype=dtype, device=device), *args, **kwargs)
+        return probe.dtype, probe.device
+    return _known_cast(function, dtype, device, args, tuple(kwargs.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_cast(
+    function: Any, dtype: torch.dtype, device: torch.device, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> tuple[torch.dtype, torch.device]:
+    probe = function(torch.empty(0, dtype=dtype, device=device), *args, **dict(kwargs))
+    return probe.dtype, probe.device
 
 
 def _stepped(stream: Stream, step: Step) -> Stream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from attnres_fx.passes.find.streams import Stream
@@ -70,12 +70,14 @@ class MixEntry:
 class Report:
     """What :func:`attnres_fx.analyze` found; ``print(report)`` gives a table.
 
-    ``seen`` describes what was seen instead if there is neither a stream nor a mix.
+    ``seen`` describes what was seen instead if there is neither a stream nor a mix. ``ways`` says, of a converted model, how
+    each stream runs when the model is called eagerly, by value or as one graph, and why not by value.
     """
 
     streams: tuple[ResidualStream, ...]
     mixes: tuple[MixEntry, ...] = ()
     seen: str = ""
+    ways: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -87,7 +89,8 @@ class Report:
         tables = [streams_table(self.streams)] if self.streams else []
         tables += [found_table(self.mixes)] if self.mixes else []
         reasons = (f"\n{stream.name}: {stream.reason}" for stream in self.streams if stream.reason)
-        return render(*tables) + "".join(reasons)
+        ways = (f"\n{name}: called eagerly, it runs {way}" for name, way in self.ways.items())
+        return render(*tables) + "".join((*reasons, *ways))
 
 
 def describe_stream(stream: Stream) -> ResidualStream:

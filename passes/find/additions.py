@@ -7,31 +7,42 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch import fx
 
 from attnres_fx.passes.find.streams import Layer, Stream
-from attnres_fx.passes.graph.nodes import stack_paths
+from attnres_fx.passes.graph.nodes import place_of, stack_paths
 from attnres_fx.passes.graph.vocabulary import addition_of, base_of, op_name, passed_through
 from attnres_fx.runtime.marker import WITNESS
 
 _IN_PLACE = frozenset({"add_", "iadd", "__iadd__"})
 
 
-def additions_of(stream: Stream, overwritten: Collection[str]) -> tuple[int, ...] | None:
+def additions_of(stream: Stream, overwritten: Collection[str]) -> tuple[int, ...] | str:
     """For each layer the number of additions of which the stream itself is an operand.
 
-    None if it cannot be told, if the features are not the last dimension, if one of the additions is at an
-    :func:`overwritten` place, or if a sublayer adds something to what it reads, which could not be told from a layer.
+    Or why it cannot be run by value, in a sentence: if the number cannot be told, if the features are not the last
+    dimension, if one of the additions is at an :func:`overwritten` place, or if a sublayer adds something to what it reads,
+    which could not be told from a layer.
     """
     sums = [node for layer in stream.layers for node in (layer.node, *layer.inner, *layer.injections)]
-    if stream.feature_dim != -1 or any(str(node.meta.get("stack_trace", "")) in overwritten for node in sums):
-        return None
-    if any(addition_of(reader) is not None and reader not in sums
-           for readers in stream.readers for reader in _passed_on(readers)):
-        return None
-    if any(addition_of(node) is not None and stack_paths(node)[-1:] != stack_paths(layer.node)[-1:]
-           for layer in stream.layers for node in (*layer.inner, *layer.injections)):
-        return None  # each addition is held to the module in which its layer ends
+    if stream.feature_dim != -1:
+        return "its features are not the last dimension"
+    for node in sums:
+        if str(node.meta.get("stack_trace", "")) in overwritten:
+            return f"'{_module_of(node)}' adds in place to a tensor that is read again under its old name"
+    for reader in (reader for readers in stream.readers for reader in _passed_on(readers)):
+        if addition_of(reader) is not None and reader not in sums:
+            return f"'{_module_of(reader)}' adds something to what it reads of the stream"
+    for layer in stream.layers:
+        for node in (*layer.inner, *layer.injections):
+            if addition_of(node) is not None and stack_paths(node)[-1:] != stack_paths(layer.node)[-1:]:
+                return f"the additions of one layer are in two modules, '{_module_of(node)}' and '{_module_of(layer.node)}'"
     counts = [_additions(layer.node, layer) for layer in stream.layers]
-    known = tuple(count for count in counts if count)
-    return known if len(known) == len(counts) else None
+    for layer, count in zip(stream.layers, counts):
+        if not count:
+            return f"an addition in '{_module_of(layer.node)}' is spelled as no '+', 'add' or 'sum'"
+    return tuple(count for count in counts if count)
+
+
+def _module_of(node: fx.Node) -> str:
+    return place_of(node).module or "the model"
 
 
 def _passed_on(readers: Iterable[fx.Node]) -> Iterator[fx.Node]:

@@ -23,7 +23,8 @@ class StreamPlan:
     ``owner`` is the path of the lowest module that owns all its additions; ``sites`` are (path below the owner, call
     ordinal), one per layer; ``boundaries`` are the positions at which blocks close, the last one L. ``additions`` counts,
     for each layer, the additions of which the stream is an operand, and ``start`` is (path below the owner, argument by
-    number or name) of the module that is handed b_0; None where the stream cannot be run by value.
+    number or name) of the module that is handed b_0; None where the stream cannot be run by value. ``trial`` is "" if it was
+    run by value when it was converted, why that cannot be done if it failed, and None if it was not tried.
     """
 
     name: str
@@ -37,11 +38,19 @@ class StreamPlan:
     key_gain: bool
     additions: tuple[int, ...] | None = None
     start: tuple[str, str] | None = None
+    trial: str | None = None
 
     @property
     def num_blocks(self) -> int:
         """N of the paper: the actual number of blocks."""
         return len(self.boundaries)
+
+    @property
+    def way(self) -> str:
+        """How a model with this stream runs when it is called eagerly, and why not by value if it does not."""
+        if self.trial == "":
+            return "by value"
+        return f"as one graph: {self.trial}" if self.trial else "as one graph, or by value where none can be had"
 
     def output_factor(self, position: int) -> float:
         """The factor on the mix at ``position``: its number of sources under "sum", 1 under "paper"."""

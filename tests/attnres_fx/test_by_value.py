@@ -12,19 +12,21 @@ import pytest
 import torch
 from support import models, reference
 from support.comparison import disturbed
+from support.ways import by_graph, owners_of, untried
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attnres_fx
 from attnres_fx import backend, by_value, errors
 from attnres_fx.by_value import can_run
-from attnres_fx.converted import STREAMS
+from attnres_fx.converted import plans_of
 from attnres_fx.passes.graph import vocabulary
 from attnres_fx.passes.pipeline import LOWER, run
 from attnres_fx.passes.rewrite.partition import partition
+from attnres_fx.runner import RUNNER
 from attnres_fx.runtime import stream as stream_module
 from attnres_fx.runtime.mix import MIX_REFERENCE
-from attnres_fx.runtime.stream import BY_VALUE
+from attnres_fx.runtime.stream import BY_GRAPH, BY_VALUE
 
 IDS = models.token_ids()
 AOT: dict[str, Any] = {"backend": "attnres", "options": {"downstream": "aot_eager"}}
@@ -114,11 +116,16 @@ def check(model: Any, function: Any) -> None:
         torch.testing.assert_close(function(IDS), expected[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("tried", [True, False], ids=["tried", "not tried"])
 @pytest.mark.parametrize("aside", ASIDES.values(), ids=ASIDES)
-def test_what_breaks_the_graph_eagerly(aside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_breaks_the_graph_eagerly(aside: Any, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, said = nanogpt(aside), []
     monkeypatch.setattr(by_value.log, "warning", lambda text, *args: said.append(text % args))
-    check(model, model)
+    if tried:
+        check(model, model)
+        assert not said and RUNNER not in model.__dict__
+        return
+    check(model, untried(model))
     (line,) = said
     assert BY_VALUE in model.__dict__ and "NanoGPT runs by value" in line and "graph break" in line
 
@@ -223,7 +230,7 @@ def test_checkpointed_layers() -> None:
     for block in model.h:
         block.__class__ = Checkpointed
     check(model, model)
-    assert BY_VALUE in model.__dict__
+    assert RUNNER not in model.__dict__
 
 
 class Checkpointing(reference.NanoGPT):
@@ -339,11 +346,9 @@ def test_a_stream_within_a_layer_of_another() -> None:
     model = attnres_fx.convert(model.double(), (IDS,), num_blocks=2)
     disturbed(model)
     assert len(model.attnres.streams) == 4
-    expected = step(model, model)
-    for part in model.modules():
-        if STREAMS in part.__dict__:
-            assert can_run(part)
-            part.__dict__[BY_VALUE] = True
+    assert all(can_run(owner) for owner in owners_of(model))
+    with by_graph(model):
+        expected = step(model, model)
     for ours, theirs in zip(step(model, model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -351,6 +356,80 @@ def test_a_stream_within_a_layer_of_another() -> None:
 def refused(model: Any, what: str, function: Any = None) -> None:
     with pytest.raises((errors.SplitStreamError, errors.SitesChangedError), match=what):
         (function or model)(IDS)
+
+
+def test_what_only_a_graph_can_serve_runs_by_its_graph() -> None:
+    class Checkpointed(reference.Block):
+        def forward(self, x: Any) -> Any:
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    model = nanogpt()
+    for block in model.h:
+        block.__class__ = Checkpointed
+    check(model, model)
+    assert BY_GRAPH in model.__dict__ and "torch.autograd.Function" in model.__dict__[BY_GRAPH]
+
+
+class Demanding(reference.Block):
+    """Asks its hidden states what they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"not a tensor: a {type(x).__name__}")
+        return super().forward(x)
+
+
+class Halving(reference.Block):
+    """Does something else where its hidden states are no tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if isinstance(x, Tensor) else y + 0.5 * self.mlp(x)
+
+
+@pytest.mark.parametrize(("layer", "reason"), [
+    (Demanding, "TypeError: not a tensor: a Stream"), (Halving, "recorded no layer")])
+def test_a_conversion_tries_the_model_by_value(layer: Any, reason: str) -> None:
+    torch._dynamo.reset()
+    model = models.nanogpt(6).double()
+    model.h[2].__class__ = layer
+    attnres_fx.convert(model, (IDS,), num_blocks=2)
+    (plan,) = plans_of(model)
+    assert plan.trial is not None and reason in plan.trial and not can_run(model)
+    check(disturbed(model), model)
+    assert RUNNER in model.__dict__
+
+
+class Keeping(reference.Block):
+    """Has a buffer, an attribute and a list that a call changes, and draws random numbers."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("count", torch.zeros(()))
+        self.seen: list[Any] = []
+        self.latest = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        self.seen.append(x.shape)
+        self.latest = self.latest + 1
+        torch.rand(1)
+        return super().forward(x)
+
+
+def test_a_trial_leaves_nothing_behind() -> None:
+    torch._dynamo.reset()
+    model = models.nanogpt(6)
+    for index in range(3):
+        model.h[index] = Keeping(32, 4)
+    ids, state = IDS.clone(), torch.get_rng_state()
+    attnres_fx.convert(model, (ids,), num_blocks=2)
+    assert plans_of(model)[0].trial == "" and torch.equal(torch.get_rng_state(), state)
+    for block in model.h:
+        assert type(block) is Keeping and not block.count and block.seen == [] and block.latest == 0
+    assert not model.attnres.stream.query.any() and (model.attnres.stream.key_gain == 1).all()
+    model(ids)
+    assert [block.latest for block in model.h] == [1, 1, 1]
 
 
 def test_hooks_on_the_backward_of_layers_are_refused_in_training() -> None:
@@ -491,11 +570,8 @@ class HandNorm(nn.Module):
 
 
 def test_one_mix_a_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    real = stream_module.MIX
+    model, calls, real = nanogpt(read_out), [], stream_module.MIX
     monkeypatch.setattr(stream_module, "MIX", lambda *args: calls.append(len(args[0])) or real(*args))
-
-    model = nanogpt(read_out)
     for block in model.h:
         block.ln_1, block.ln_2 = HandNorm(), HandNorm()
     model(IDS)
@@ -542,7 +618,7 @@ def test_threads() -> None:
 
 
 def test_copies_files_and_reports_of_a_model_that_runs_by_value() -> None:
-    model = nanogpt(cut)
+    model = untried(nanogpt(cut))
     expected = model(IDS)
     assert BY_VALUE in model.__dict__
     torch.testing.assert_close(copy.deepcopy(model)(IDS), expected)
@@ -579,7 +655,6 @@ def test_offloaded_weights() -> None:
 
 def test_hidden_states_and_a_cache() -> None:
     model = llama()
-    model.model.__dict__[BY_VALUE] = True
     states = model(IDS, use_cache=False, output_hidden_states=True).hidden_states
     parameters = model.attnres.stream
     mixes = reference.llama_mixes(model, IDS, parameters.query, parameters.key_gain, partition(6, num_blocks=2))
@@ -587,8 +662,9 @@ def test_hidden_states_and_a_cache() -> None:
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(states[-1], model.model.norm(mixes[-1]))
     tokens = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    del model.model.__dict__[BY_VALUE]
-    assert torch.equal(tokens, model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
+    assert RUNNER not in model.model.__dict__
+    with by_graph(model):
+        assert torch.equal(tokens, model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
 
 
 def test_hugging_face_checkpointing_and_adapters() -> None:
@@ -604,11 +680,11 @@ def test_hugging_face_checkpointing_and_adapters() -> None:
         loss_of(adapted(IDS, use_cache=False).logits).backward()
         return [parameter.grad.clone() for parameter in adapted.parameters() if parameter.grad is not None]
 
-    expected = gradients()
-    owner = model.model
-    assert can_run(owner)
-    owner.__dict__[BY_VALUE] = True
+    with by_graph(model):
+        expected = gradients()
+    model.model.__dict__.pop(RUNNER)
     found = gradients()
+    assert RUNNER not in model.model.__dict__
     assert len(found) == len(expected) >= 2 * 3 + 2
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)

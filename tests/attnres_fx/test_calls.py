@@ -198,7 +198,7 @@ def functional_grad(c: Converted) -> Tensor:
     return logits
 
 
-@row(RAISED)
+@row(REWRITTEN)
 def call_with_dynamo_disabled(c: Converted) -> Tensor:
     with torch.compiler.set_stance("force_eager"):
         return c.call()

@@ -19,6 +19,7 @@ from support.comparison import REFERENCE, check_both, disturbed
 from support.network_graphs import queries, rewritten
 from support.networks import BRANCHES, INJECTIONS, NO_CONTRACTION, SPELLINGS, LayerSpec, Network, Spec, normal_spec
 from support.passes import prepared
+from support.ways import by_graph
 from torch import Tensor, nn
 
 import attnres_fx
@@ -27,10 +28,8 @@ from attnres_fx.by_value import can_run
 from attnres_fx.downstream import compile_downstream
 from attnres_fx.options import Options
 from attnres_fx.passes.find.detect import detect
-from attnres_fx.passes.graph.capture import as_one_graph, capture
+from attnres_fx.passes.graph.capture import capture
 from attnres_fx.passes.rewrite.partition import partition
-from attnres_fx.runtime.errors import SitesChangedError, SplitStreamError
-from attnres_fx.runtime.stream import BY_VALUE
 
 Check = Callable[[Spec, dict[str, Any]], None]
 
@@ -113,14 +112,9 @@ def by_value(spec: Spec) -> str:
         return "not served"
 
     def whole(*args: Tensor) -> Any:
-        with as_one_graph(network):
+        with by_graph(network):
             return network(*args)
 
-    network.__dict__[BY_VALUE] = True
-    try:
-        network(ids)
-    except (SplitStreamError, SitesChangedError):
-        return "refused"
     check_both(network, network, network, whole, (ids,), {}, bound)
     return "right"
 

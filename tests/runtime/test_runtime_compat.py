@@ -131,6 +131,15 @@ def test_in_backward() -> None:
     assert seen == [False, True]
 
 
+def test_times_written() -> None:
+    x = torch.ones(3)
+    before = _compat.times_written(x)
+    x[1:].add_(1)
+    assert _compat.times_written(x) == before + 1
+    with torch.inference_mode():
+        assert _compat.times_written(torch.ones(3)) == -1
+
+
 def test_a_backward_is_not_within_the_forward_of_a_function() -> None:
     seen = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,18 @@ import pytest
 import torch
 from support import models
 from support.comparison import REFERENCE, agree, check_both, disturbed, trained
+from support.ways import by_graph, owners_of
 from support.zoo_cases import ZOO, ZooCase
 
 import attnres_fx
 from attnres_fx.analysis import report_of
 from attnres_fx.by_value import can_run
-from attnres_fx.converted import STREAMS
-from attnres_fx.errors import SitesChangedError, StreamRefusedError
+from attnres_fx.converted import plans_of
+from attnres_fx.errors import StreamRefusedError
 from attnres_fx.passes.findings import find
 from attnres_fx.passes.rewrite.plan import StreamPlan
 from attnres_fx.reports.memory import plan_memory
-from attnres_fx.runtime.stream import BY_VALUE
+from attnres_fx.runner import RUNNER
 
 pytestmark = pytest.mark.zoo
 
@@ -161,32 +161,18 @@ def test_convert(name: str, num_blocks: int, mix_scale: str) -> None:
 
 
 def check_by_value(name: str, model: Any, args: Any, kwargs: Any) -> None:
-    """Called eagerly with its streams as values: results and all gradients are those of the graph, in float64."""
+    """Called eagerly it runs by value, and results and all gradients are those of the graph, in float64."""
     if ZOO[name].family == "state space":  # which are traced token by token
         args = (args[0][:, :5],)
     disturbed(model)
-    owners = [module for module in model.modules() if STREAMS in module.__dict__]
-    if not ZOO[name].by_value:
-        if all(can_run(owner) for owner in owners):
-            with pytest.raises(SitesChangedError), as_values(owners):
-                model(*args, **kwargs)
-        return
-    assert owners and all(can_run(owner) for owner in owners)
-    expected = trained(model, model, *args, **kwargs)
-    with as_values(owners):
-        # A part of some models computes in float32.
-        agree(trained(model, model, *args, **kwargs), expected, 1e-10 if all(
-            value.dtype == torch.float64 for value in expected.values()) else 1e-6)
-
-
-@contextmanager
-def as_values(owners: list[Any]) -> Iterator[None]:
-    """Have ``owners`` run by value meanwhile."""
-    for owner in owners:
-        owner.__dict__[BY_VALUE] = True
-    yield
-    for owner in owners:
-        del owner.__dict__[BY_VALUE]
+    served = [can_run(owner) for owner in owners_of(model)]
+    assert served and all(each == ZOO[name].by_value for each in served), [plan.trial for plan in plans_of(model)]
+    found = trained(model, model, *args, **kwargs)
+    assert all((RUNNER in owner.__dict__) != ZOO[name].by_value for owner in owners_of(model))
+    with by_graph(model):
+        expected = trained(model, model, *args, **kwargs)
+    # A part of some models computes in float32.
+    agree(found, expected, 1e-10 if all(value.dtype == torch.float64 for value in expected.values()) else 1e-6)
 
 
 def check_memory_plans(model: Any) -> None:

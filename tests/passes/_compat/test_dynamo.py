@@ -64,6 +64,24 @@ def test_recompile_limit_is_recognised() -> None:
     assert _dynamo.is_recompile_limit(caught.value)
 
 
+def test_the_graphs_being_traced() -> None:
+    seen: list[Any] = []
+
+    @torch.compiler.assume_constant_result
+    def look() -> int:
+        seen.append([len(graph.nodes) for graph in _dynamo.graphs_being_traced()])
+        return 1
+
+    def within(x: Tensor) -> Tensor:
+        return x * look()
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: torch.utils.checkpoint.checkpoint(within, x.sin(), use_reentrant=False), backend="eager")(
+        torch.ones(2, requires_grad=True))
+    assert len(seen[0]) == 2 and sum(seen[0]) >= 2
+    assert _dynamo.graphs_being_traced() == []
+
+
 def test_the_compiling_frame_names_its_modules() -> None:
     module = Small()
     seen: list[Any] = []
