@@ -327,11 +327,12 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     plan = run.waiting[id(module)]
     assert plan.start is not None
     key: Any = plan.start[1]
-    names = list(inspect.signature(module.forward).parameters)
-    if key.isdigit() and int(key) >= len(args) and int(key) < len(names):
-        key = names[int(key)]
-    elif not key.isdigit() and key not in kwargs and key in names:
-        key = str(names.index(key))
+    if int(key) >= len(args) if key.isdigit() else key not in kwargs:  # then it was given by position, or by name
+        names = list(inspect.signature(module.forward).parameters)
+        if key.isdigit() and int(key) < len(names):
+            key = names[int(key)]
+        elif not key.isdigit() and key in names:
+            key = str(names.index(key))
     given = kwargs.get(key) if not key.isdigit() else args[int(key)] if int(key) < len(args) else None
     if isinstance(given, Stream):
         return args, kwargs
@@ -372,4 +373,4 @@ def _begun(run: Run, plan: StreamPlan, embedding: Tensor) -> Stream:
     run.passages[plan.name] = passage
     # Its memory may be used again by the module that made it, as it may after the first addition.
     first = embedding if embedding.requires_grad else embedding.clone()
-    return Stream(query, key_gain, (first,), None, passage, 0, embedding.dtype)
+    return Stream(query, key_gain, (first,), None, passage, 0, embedding.new_empty(0))

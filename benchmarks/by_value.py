@@ -19,7 +19,7 @@ from model import Case, Result, build, call_of, in_turn, summarize, table_of
 from rich.console import Console
 from torch import Tensor
 
-from attnres_fx.runtime.stream import BY_VALUE
+from attnres_fx.runtime.stream import BY_GRAPH, BY_VALUE
 
 CASES = [
     Case("inference-64-2x128", 64, 2, 128),
@@ -35,7 +35,7 @@ def callables(case: Case, way: str) -> dict[str, Callable[[], Tensor]]:
     """What is called of each variant; ``way`` is "eager" or "regions"."""
     models = build(case, ["attnres"])
     models["by value"] = copy.deepcopy(models["attnres"])
-    models["by value"].__dict__[BY_VALUE] = True
+    models["attnres"].__dict__[BY_GRAPH] = models["by value"].__dict__[BY_VALUE] = "to compare"
     run: dict[str, Any] = dict(models)
     if way == "regions":
         for name, backend in (("plain", "inductor"), ("by value", "attnres")):

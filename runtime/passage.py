@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -50,9 +51,13 @@ def running_module() -> nn.Module | None:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
+        # Reading the variables of a frame copies them all: not those of our own.
+        if code.co_argcount and code.co_varnames[0] == "self" and code.co_filename not in _OWN:
             this = frame.f_locals.get("self")
             if isinstance(this, nn.Module):
                 return this
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+_OWN = frozenset(str(Path(__file__).with_name(name)) for name in ("passage.py", "stream.py"))

@@ -45,8 +45,8 @@ class Stream:
     """The stream at ``position`` layers.
 
     ``query`` and ``key_gain`` [L+1, d] are the parameters of this call. ``blocks`` are the embedding b_0 and the complete
-    blocks, ``partial`` the sum of the block that is open, all of one shape [..., d]. ``dtype_`` is the dtype that the plain
-    sum has here. ``steps`` lead from the layout of b_0 to the one in which the stream is handed on. ``terms`` is the sum of
+    blocks, ``partial`` the sum of the block that is open, all of one shape [..., d]. ``like`` is an empty tensor of the dtype
+    that the plain sum has here, which what casts all tensors of a dataclass casts too. ``steps`` lead from the layout of b_0 to the one in which the stream is handed on. ``terms`` is the sum of
     what the layer under way has added so far, by ``added`` additions.
 
     A dataclass, since fully_shard looks into dataclasses for what needs a gradient.
@@ -58,7 +58,7 @@ class Stream:
     partial: Tensor | None
     passage: Passage
     position: int
-    dtype_: torch.dtype
+    like: Tensor
     steps: tuple[Step, ...] = ()
     terms: Tensor | None = None
     added: int = 0
@@ -69,7 +69,7 @@ class Stream:
         if torch.compiler.is_dynamo_compiling():
             return self._read()
         self._check_gradient()
-        key = (torch.is_grad_enabled(), saved_tensor_hooks())
+        key = (saved_tensor_hooks(),) if torch.is_grad_enabled() else None
         kept = self.__dict__.get("_kept")
         if kept is not None and kept[0] == key:
             found: Tensor = kept[1]
@@ -96,7 +96,7 @@ class Stream:
         gain = None if self.key_gain is None else self.key_gain[self.position]
         factor = float(len(sources)) if self.passage.summed else 1.0
         mixed: Tensor = MIX(sources, self.query[self.position], gain, self.passage.eps, 1.0, False, factor)
-        return mixed if mixed.dtype == self.dtype_ else mixed.to(self.dtype_)
+        return mixed if mixed.dtype == self.like.dtype else mixed.to(self.like.dtype)
 
     # ------------------------------------------------------------------------------------------------------------- adding
     def plus(self, term: Tensor) -> Stream:
@@ -113,6 +113,7 @@ class Stream:
             raise SitesChangedError(f"something is added to stream '{passage.name}' after its last layer",
                                     remedy="call the model as it was converted")
         dtype = torch.promote_types(self.dtype, term.dtype)
+        like = self.like if dtype == self.like.dtype else self.like.to(dtype)
         layout = tuple(step for step in self.steps if step.undo is not None)
         if layout or term.shape != self.blocks[0].shape:
             term = term.expand(self.shape)
@@ -121,7 +122,7 @@ class Stream:
         terms = term if self.terms is None else self.terms + term
         self.__dict__.pop("_kept", None)
         if self.added + 1 < passage.additions[position - 1]:
-            return replace(self, terms=terms, added=self.added + 1, dtype_=dtype, steps=layout)
+            return replace(self, terms=terms, added=self.added + 1, like=like, steps=layout)
         if self.partial is not None:
             partial = self.partial + terms
         elif terms.dtype == dtype and not terms.requires_grad:
@@ -131,7 +132,7 @@ class Stream:
         passage.reached = position
         closes = position in passage.boundaries
         return Stream(self.query, self.key_gain, (*self.blocks, partial) if closes else self.blocks,
-                      None if closes else partial, passage, position, dtype, layout)
+                      None if closes else partial, passage, position, like, layout)
 
     def plus_in_place(self, term: Tensor) -> Stream:
         """``x += term``: whoever holds this object reads the sum."""
@@ -178,7 +179,7 @@ class Stream:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.value().dtype if self.steps else self.dtype_
+        return self.value().dtype if self.steps else self.like.dtype
 
     @property
     def device(self) -> torch.device:
@@ -272,6 +273,7 @@ _ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 _IN_PLACE = frozenset({"add_", "__iadd__"})
 _WRITES = frozenset({"__setitem__"})
 _SETTINGS = (torch.dtype, bool, type(None), torch.memory_format)
+_FIXED = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"})
 _PERMUTES = frozenset({"transpose", "swapaxes", "swapdims", "t", "permute", "movedim", "moveaxis"})
@@ -306,6 +308,8 @@ def _active(p: float = 0.5, training: bool = True, inplace: bool = False) -> boo
 
 def _through(stream: Stream, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The stream handed on by a pass-through."""
+    if not stream.steps and stream.like.dtype == _FIXED.get(name) and not args and not kwargs:
+        return stream if stream.terms is None else function(stream.value())
     args, kwargs = read(args), read(kwargs)
     if stream.terms is not None:
         return function(stream.value(), *args, **kwargs)

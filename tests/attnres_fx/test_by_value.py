@@ -643,14 +643,79 @@ def llama_by_the_paper(model: Any) -> Tensor:
     return reference.llama(model, IDS, parameters.query, parameters.key_gain, partition(6, num_blocks=2))
 
 
-def test_offloaded_weights() -> None:
-    accelerate = pytest.importorskip("accelerate")
+def to_cpu(model: Any, folder: Any) -> Any:
+    return accelerate().cpu_offload(model, execution_device="cpu")
+
+
+def to_disk(model: Any, folder: Any) -> Any:
+    return accelerate().disk_offload(model, folder, execution_device="cpu")
+
+
+def to_several(model: Any, folder: Any) -> Any:
+    """As ``device_map="auto"`` does it where the memory is short, the queries on the disk too."""
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+             "model.layers.2": "disk", "model.norm": "cpu", "lm_head": "cpu", "attnres": "disk"}
+    return accelerate().dispatch_model(model, device_map=parts, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+def accelerate() -> Any:
+    return pytest.importorskip("accelerate")
+
+
+@pytest.mark.parametrize("offload", [to_cpu, to_disk, to_several])
+def test_offloaded_weights(offload: Any, tmp_path: Any) -> None:
     model = llama()
     with torch.no_grad():
         expected = llama_by_the_paper(model)
-        accelerate.cpu_offload(model, execution_device="cpu")
-        torch.testing.assert_close(model(IDS, use_cache=False).logits, expected)
-        accelerate.hooks.remove_hook_from_submodules(model)
+        offloaded = offload(model, tmp_path)
+        torch.testing.assert_close(offloaded(IDS, use_cache=False).logits, expected)
+        assert RUNNER not in model.model.__dict__
+        accelerate().hooks.remove_hook_from_submodules(model)
+
+
+def test_regions_of_accelerate() -> None:
+    accelerate()
+    from accelerate.utils import compile_regions
+
+    model = llama()
+    expected = gradients_of(model, lambda: llama_by_the_paper(model))
+    regions = compile_regions(model, **AOT)
+    found = gradients_of(model, lambda: regions(IDS, use_cache=False).logits)
+    for ours, theirs in zip(found, expected, strict=True):  # the norms compute in float32
+        assert models.relative(ours, theirs) < 1e-5
+
+
+def gradients_of(model: Any, call: Callable[[], Tensor]) -> list[Tensor]:
+    """The logits and all gradients."""
+    model.zero_grad()
+    logits = call()
+    loss_of(logits).backward()
+    return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def test_a_quantised_cache() -> None:
+    """Zero queries under "sum" give the tokens of the plain model with the same cache, whose scales break the graph."""
+    from transformers.cache_utils import Cache, QuantizedLayer
+
+    class Rounded(QuantizedLayer):
+        def _quantize(self, tensor: Tensor, axis: int) -> Any:
+            scale = tensor.abs().amax().item()
+            return scale, (tensor / scale * 127).round().to(torch.int8)
+
+        def _dequantize(self, quantised: Any) -> Tensor:
+            return quantised[1].double() / 127 * quantised[0]
+
+    def generated(model: Any) -> Tensor:
+        cache = Cache(layers=[Rounded(residual_length=2) for _ in range(3)])
+        return model.generate(IDS, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+    torch._dynamo.reset()
+    model = models.llama(3).double()
+    expected, exact = generated(model), model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert expected.shape == exact.shape
+    attnres_fx.convert(model, (IDS,), {"use_cache": False}, num_blocks=2, mix_scale="sum")
+    assert torch.equal(generated(model), expected)
+    assert RUNNER not in model.model.__dict__
 
 
 def test_hidden_states_and_a_cache() -> None:
@@ -716,9 +781,28 @@ def test_layers_sharded_one_by_one(one_process: Any, reshard: bool, compiled: bo
             torch.testing.assert_close(whole, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_layers_sharded_in_mixed_precision_and_checkpointed(one_process: Any) -> None:
+    """The weights compute in bfloat16, the queries stay in float32: the gradients are those of the paper's equations on
+    weights that were rounded, to what bfloat16 resolves.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = nanogpt()
+    expected = step(model, by_the_paper(model))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model.float()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, reference.Block))
+    for block in model.h:
+        fully_shard(block, mesh=one_process, mp_policy=policy)
+    fully_shard(model, mesh=one_process, mp_policy=policy)
+    for ours, theirs in zip(step(model, model), expected, strict=True):
+        whole = ours.full_tensor() if hasattr(ours, "full_tensor") else ours
+        assert models.relative(whole.double(), theirs) < 0.1
+
+
 def offloaded(model: Any, mesh: Any) -> Any:
-    accelerate = pytest.importorskip("accelerate")
-    return accelerate.cpu_offload(model, execution_device="cpu")
+    return accelerate().cpu_offload(model, execution_device="cpu")
 
 
 def sharded_by_layers(model: Any, mesh: Any) -> Any:
