@@ -30,8 +30,8 @@ def try_by_value(
 ) -> None:
     """Note in the plans of the converted ``host`` whether it runs by value on ``model(*args, **kwargs)``.
 
-    With random queries and gains, in which a layer at another place shows, and without gradients; ``marked`` is its graph
-    on ``inputs``. The plans stay as they are if the trial says nothing: if the call cannot be copied, or if the model is in
+    With random queries and gains, in which a layer at another place shows, and with gradients where they are enabled, since
+    functions of autograd are handed tensors only; ``marked`` is its graph on ``inputs``. The plans stay as they are if the trial says nothing: if the call cannot be copied, or if the model is in
     training and the numbers differ, which may be its random layers.
 
     Raises: what the rewriting of ``marked`` raises.
@@ -40,7 +40,7 @@ def try_by_value(
     owners = [module for module in model.modules() if STREAMS in module.__dict__]
     if not all(can_run(owner) for owner in owners):
         return
-    with _as_before(model), torch.no_grad():
+    with _as_before(model):
         _fill_randomly(model)
         for owner in owners:
             owner.__dict__[BY_VALUE] = True
@@ -56,7 +56,8 @@ def _tried(
     """What the plans are to say of the trial."""
     try:
         given, values = _copied((tuple(args), dict(kwargs))), _copied(list(inputs))
-        expected = _with_seed(model, lambda: rewritten(*values))
+        with torch.no_grad():
+            expected = _with_seed(model, lambda: rewritten(*values))
     except Exception:  # of which nothing is known then
         return None
     try:
@@ -82,6 +83,7 @@ def _difference(outputs: Any, candidates: Sequence[Any]) -> float:
     return largest
 
 
+@torch.no_grad()
 def _fill_randomly(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(_SEED)
     for module in model.modules():

@@ -387,8 +387,41 @@ class Halving(reference.Block):
         return y if isinstance(x, Tensor) else y + 0.5 * self.mlp(x)
 
 
+class Scripted(reference.Block):
+    """Hands its hidden states to a function that was compiled by torch.jit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(scripted(x)))
+        return x + self.mlp(self.ln_2(x))
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x * 1
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Functional(reference.Block):
+    """Hands its hidden states to a function of autograd, behind another reader."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        y = self.ln_2(x)
+        return x + self.mlp(y + Doubling.apply(x) - 2 * x)
+
+
 @pytest.mark.parametrize(("layer", "reason"), [
-    (Demanding, "TypeError: not a tensor: a Stream"), (Halving, "recorded no layer")])
+    (Demanding, "TypeError: not a tensor: a Stream"), (Halving, "recorded no layer"),
+    (Scripted, "found type 'Stream'"), (Functional, "within a torch.autograd.Function")])
 def test_a_conversion_tries_the_model_by_value(layer: Any, reason: str) -> None:
     torch._dynamo.reset()
     model = models.nanogpt(6).double()

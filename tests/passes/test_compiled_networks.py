@@ -30,6 +30,7 @@ from attnres_fx.options import Options
 from attnres_fx.passes.find.detect import detect
 from attnres_fx.passes.graph.capture import capture
 from attnres_fx.passes.rewrite.partition import partition
+from attnres_fx.runtime.errors import StreamRefusedError
 
 Check = Callable[[Spec, dict[str, Any]], None]
 
@@ -107,7 +108,10 @@ def plain(name: str) -> Spec:
 
 def by_value(spec: Spec) -> str:
     """How a network ends whose streams are values, called eagerly: "right", or why it is not run so."""
-    network, ids, bound = converted(spec)
+    try:
+        network, ids, bound = converted(spec)
+    except StreamRefusedError:
+        return "refused"
     if not can_run(network):
         return "not served"
 
