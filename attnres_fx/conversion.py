@@ -49,10 +49,11 @@ def convert(
 ) -> Model:
     """Convert ``model`` to Attention Residuals in place, and return it.
 
-    The model is traced on ``model(*args, **kwargs)``, and then called once on copies of them, to see whether it runs by value
-    as it does by its graph (docs/by_value.md); its buffers, attributes and the random state are put back. It keeps its parameters and its ``state_dict`` keys, and gains ``model.attnres``: per stream a ``query`` [L+1, d]
-    of zeros and a ``key_gain`` [L+1, d] of ones. Afterwards it runs the rewritten network however it is called, or raises;
-    it never runs as the plain residual network. A model under adapters of PEFT gains them as a part of every adapter
+    The model is traced on ``model(*args, **kwargs)``, and then called once on copies of them, to see whether it runs by
+    value as it does by its graph (docs/by_value.md); its buffers, attributes and the random state are put back. It keeps
+    its parameters and its ``state_dict`` keys, and gains ``model.attnres``: per stream a ``query`` [L+1, d] of zeros and a
+    ``key_gain`` [L+1, d] of ones. Afterwards it runs the rewritten network however it is called, or raises; it never runs
+    as the plain residual network. A model under adapters of PEFT gains them as a part of every adapter
     (``modules_to_save``).
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from attnres_fx.by_value import can_run, record
 from attnres_fx.converted import STREAMS, plans_of
+from attnres_fx.passes._compat.distributed import in_parallel
 from attnres_fx.passes._compat.graphs import pytree
 from attnres_fx.passes.findings import Marked
 from attnres_fx.planning import weight_dtypes
@@ -30,9 +31,10 @@ def try_by_value(
 ) -> None:
     """Note in the plans of the converted ``host`` whether it runs by value on ``model(*args, **kwargs)``.
 
-    With random queries and gains, in which a layer at another place shows, and with gradients where they are enabled, since
-    functions of autograd are handed tensors only; ``marked`` is its graph on ``inputs``. The plans stay as they are if the trial says nothing: if the call cannot be copied, or if the model is in
-    training and the numbers differ, which may be its random layers.
+    With random queries and gains, in which a layer at another place shows, and with gradients where they are enabled,
+    since functions of autograd are handed tensors only; ``marked`` is its graph on ``inputs``. The plans stay as they are
+    if the trial says nothing: if the call cannot be copied, or if the model is in training and the numbers differ, which
+    may be its random layers.
 
     Raises: what the rewriting of ``marked`` raises.
     """
@@ -61,7 +63,9 @@ def _tried(
     except Exception:  # of which nothing is known then
         return None
     try:
-        outputs = _with_seed(model, lambda: model(*given[0], **given[1]))
+        # Parameters that no wrapper of several processes knows yet are refused where they would be trained.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not in_parallel()):
+            outputs = _with_seed(model, lambda: model(*given[0], **given[1]))
     except AttnResError as error:
         return str(error).splitlines()[0]
     except Exception as error:

@@ -45,9 +45,10 @@ class Stream:
     """The stream at ``position`` layers.
 
     ``query`` and ``key_gain`` [L+1, d] are the parameters of this call. ``blocks`` are the embedding b_0 and the complete
-    blocks, ``partial`` the sum of the block that is open, all of one shape [..., d]. ``like`` is an empty tensor of the dtype
-    that the plain sum has here, which what casts all tensors of a dataclass casts too. ``steps`` lead from the layout of b_0 to the one in which the stream is handed on. ``terms`` is the sum of
-    what the layer under way has added so far, by ``added`` additions.
+    blocks, ``partial`` the sum of the block that is open, all of one shape [..., d]. ``like`` is an empty tensor of the
+    dtype that the plain sum has here: what casts all tensors of a dataclass casts it too. ``steps`` lead from the layout of
+    b_0 to the one in which the stream is handed on. ``terms`` is the sum of what the layer under way has added so far, by
+    ``added`` additions.
 
     A dataclass, since fully_shard looks into dataclasses for what needs a gradient.
     """
