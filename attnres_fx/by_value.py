@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -200,9 +200,15 @@ def _closed(run: Run, outputs: Any) -> Any:
     own = run.passages.values()  # and not those of a run around this one
 
     def read(leaf: Any) -> Any:
-        return leaf.value() if isinstance(leaf, Stream) and leaf.passage in own else leaf
+        if isinstance(leaf, Stream):
+            return leaf.value() if leaf.passage in own else leaf
+        if is_dataclass(leaf) and not isinstance(leaf, type):  # one that pytrees do not know
+            for name in (field.name for field in fields(leaf)):
+                if pytree.tree_any(lambda part: isinstance(part, Stream), getattr(leaf, name, None)):
+                    object.__setattr__(leaf, name, pytree.tree_map(read, getattr(leaf, name)))
+        return leaf
 
-    if pytree.tree_any(lambda leaf: isinstance(leaf, Stream) and leaf.passage in own, outputs):
+    if not isinstance(outputs, Tensor):
         outputs = pytree.tree_map(read, outputs)
     for plan in run.waiting.values():
         passage = run.passages.get(plan.name)

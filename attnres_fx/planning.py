@@ -16,7 +16,7 @@ from attnres_fx.passes.findings import Findings
 from attnres_fx.passes.graph.nodes import place_of, stack_paths
 from attnres_fx.passes.rewrite.partition import partition
 from attnres_fx.passes.rewrite.plan import StreamPlan
-from attnres_fx.passes.rewrite.sites import common_path, relative_sites, sites_of, tracer_path
+from attnres_fx.passes.rewrite.sites import common_path, identity_of, relative_sites, sites_of, tracer_path
 from attnres_fx.runtime.errors import (
     HandWrittenMixError,
     HiddenLayersError,
@@ -87,7 +87,7 @@ def _sites_below(stream: Stream, model: nn.Module, owner: str, spelled: str) -> 
     if all(tracer_path(layer.node).startswith(spelled) for layer in stream.layers):
         return relative_sites(stream, spelled)
     names = {str(id(module)): name for name, module in model.get_submodule(owner).named_modules()}
-    keys = [stack_paths(layer.node)[-1][0] for layer in stream.layers]
+    keys = [identity_of(stack_paths(layer.node)[-1][0]) for layer in stream.layers]
     if not all(key in names for key in keys):
         return relative_sites(stream, spelled)
     return sites_of([names[key] for key in keys])
@@ -153,7 +153,7 @@ def owner_of(stream: Stream, model: nn.Module | None) -> tuple[str, str]:
     key, spelled = common[-1]
     if model is not None:
         for name, module in model.named_modules():
-            if str(id(module)) == key:
+            if str(id(module)) == identity_of(key):
                 return name, spelled
     return spelled, spelled
 

@@ -22,11 +22,19 @@ def tracer_path(node: fx.Node) -> str:
     return stack[-1][1] if stack else ""
 
 
+def identity_of(key: str) -> str:
+    """The module that a ``key`` of a module stack means, without the number of its call."""
+    return key.partition("@")[0]
+
+
 def common_path(stream: Stream) -> list[tuple[str, str]]:
-    """The modules that run all layers of ``stream``, outermost first, as (identity key, path as the tracer spells it)."""
+    """The modules that run all layers of ``stream``, outermost first, as (identity key, path as the tracer spells it).
+
+    A module that stands at several paths is another call at each.
+    """
     common = []
     for level in zip(*(stack_paths(layer.node) for layer in stream.layers)):
-        if len({key for key, _ in level}) != 1:
+        if len(set(level)) != 1:
             break
         common.append(level[0])
     return common

@@ -6,6 +6,7 @@ import copy
 import io
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -583,6 +584,38 @@ def test_a_dropout_on_the_stream_and_nothing_written_to_it() -> None:
     model.h[1].register_forward_pre_hook(written)
     with pytest.raises(AttributeError):
         model(IDS)
+
+
+@dataclass
+class Outputs:
+    """What pytrees do not know."""
+
+    logits: Tensor
+    states: list[Any]
+    kept: dict[str, Any]
+
+
+def test_hidden_states_in_a_class_of_ones_own_are_tensors() -> None:
+    class Describing(reference.NanoGPT):
+        def forward(self, ids: Tensor) -> Any:
+            states, x = [], self.embed(ids)
+            for block in self.h:
+                x = block(x)
+                states.append(x)
+            return Outputs(self.head(self.ln_f(x)), states, self.kept)
+
+    torch._dynamo.reset()
+    model = models.randomize(Describing(6)).double()
+    model.kept = {"a": 1}
+    attnres_fx.convert(model, (IDS,), num_blocks=2)
+    disturbed(model)
+    found = model(IDS)
+    assert RUNNER not in model.__dict__ and type(found.states) is list and found.kept is model.kept
+    with by_graph(model):
+        expected = model(IDS)
+    for ours, theirs in zip(found.states, expected.states, strict=True):
+        assert isinstance(ours, Tensor)
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_hooks_see_the_mix() -> None:

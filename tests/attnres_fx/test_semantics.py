@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from support import models, reference
+from support.comparison import disturbed
 from torch import Tensor, fx, nn
 
 import attnres_fx
+from attnres_fx.converted import plans_of
 from attnres_fx.errors import AttnResError
 from attnres_fx.passes.findings import find_marked
 from attnres_fx.passes.graph.capture import capture
@@ -302,3 +304,46 @@ def test_an_operator_of_another_library_is_no_addition_by_its_name() -> None:
     model.h = nn.ModuleList(Half() for _ in range(3))
     with pytest.raises(AttnResError):
         attnres_fx.convert(model, models.token_ids())
+
+
+class TwoCalls(nn.Module):
+    """Calls one tower twice in an expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = models.nanogpt(4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.tower(ids) - 2 * self.tower(ids.flip(1))
+
+
+class OneLayer(nn.Module):
+    """Has one layer at three places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = models.nanogpt(2)
+        self.wte, self.ln_f, self.h = model.wte, model.ln_f, nn.ModuleList([model.h[0]] * 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
+@pytest.mark.parametrize(("build", "owner", "layers"), [(TwoCalls, "tower", 4), (OneLayer, "", 6)])
+def test_modules_that_are_called_again(build: Any, owner: str, layers: int) -> None:
+    """One stream, one set of parameters; the sum at zero queries, and the definition with others, however it is called."""
+    torch._dynamo.reset()
+    model, ids = build().eval().double(), models.token_ids()
+    with torch.no_grad():
+        plain = model(ids)
+        attnres_fx.convert(model, (ids,), num_blocks=2, mix_scale="sum")
+        (plan,) = plans_of(model)
+        assert (plan.owner, plan.num_layers) == (owner, layers)
+        assert models.relative(model(ids), plain) < 1e-12
+        disturbed(model)
+        assert attnres_fx.verify(model, (ids,)).passed
+        compiled = torch.compile(model, backend="attnres", options={"downstream": "aot_eager"})
+        assert models.relative(compiled(ids), model(ids)) < 1e-12 < models.relative(model(ids), plain)
