@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -133,7 +134,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
     """``attributes`` and the lists, dictionaries and sets among them, each with a shallow copy."""
-    holders = [attributes, *(value for value in attributes.values() if isinstance(value, (dict, list, set)))]
+    holders = [attributes, *(value for value in attributes.values() if type(value) in (dict, OrderedDict, list, set))]
     return [(holder, copy.copy(holder)) for holder in holders]
 
 
