@@ -44,6 +44,7 @@ from attnres_fx.passes.lower.recomputation import holds_checkpoint
 from attnres_fx.passes.pipeline import PREPARE, REWRITE, run
 from attnres_fx.passes.rewrite.match import markers_of
 from attnres_fx.reduction import hold_to_reduction, stream_inputs
+from attnres_fx.runtime._compat import times_written
 from attnres_fx.runtime.errors import (
     AttnResError,
     GraphBreakError,
@@ -143,12 +144,17 @@ def _run(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs
 
 
 def _run_either_way(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """By value; or by its graph, if the first thing that ``module`` does with a stream needs a tensor."""
-    drawn = _random_state() if module.training else None
+    """By value; or by its graph, if the first thing that ``module`` does with a stream needs a tensor.
+
+    What ran before that runs again: not if it has written into a buffer, as a norm over batches does in training.
+    """
+    drawn, written = (_random_state(), _writes(module)) if module.training else (None, [])
     try:
         return run_by_value(module, base, args, kwargs)
     except Exception as error:
         if BY_VALUE in module.__dict__ or not is_untouched(error) or not _is_of_streams(error):
+            raise
+        if module.training and _writes(module) != written:
             raise
         cause = error
     if drawn is not None:
@@ -156,7 +162,8 @@ def _run_either_way(module: nn.Module, base: type[nn.Module], args: tuple[Any, .
     result = _run(module, base, args, kwargs)
     if BY_VALUE not in module.__dict__:
         module.__dict__[BY_GRAPH] = str(cause).splitlines()[0]
-        log.info("%s runs as one graph from now on: %s", type(module).__name__, module.__dict__[BY_GRAPH])
+        log.warning("%s runs as one graph from now on, called eagerly too: %s", type(module).__name__,
+                    module.__dict__[BY_GRAPH])
     return result
 
 
@@ -166,6 +173,11 @@ RandomState = tuple[Tensor, Tensor | None]
 def _random_state() -> RandomState:
     """The state of torch's random numbers, on the CPU and on the current CUDA device if there is one in use."""
     return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def _writes(module: nn.Module) -> list[int]:
+    """How often each buffer of ``module`` was written into."""
+    return [times_written(buffer) for buffer in module.buffers()]
 
 
 def _set_random_state(state: RandomState) -> None:

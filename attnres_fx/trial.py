@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from attnres_fx.runtime.parameters import AttnRes
 from attnres_fx.runtime.stream import BY_VALUE, Stream
 from attnres_fx.verification.verdict import deviation, tolerance_for, trial_values
 
+log = logging.getLogger(__name__)
 _SEED = 0
 
 
@@ -61,8 +63,8 @@ def _tried(
         given, values = _copied((tuple(args), dict(kwargs))), _copied(list(inputs))
         with torch.no_grad():
             expected = _with_seed(model, lambda: rewritten(*values))
-    except Exception:  # of which nothing is known then
-        return None
+    except Exception as error:
+        return _says_nothing(f"its graph cannot be run on copies of the inputs: {_line(error)}")
     try:
         # Parameters that no wrapper of several processes knows yet are refused where they would be trained.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not in_parallel()):
@@ -70,11 +72,22 @@ def _tried(
     except AttnResError as error:
         return str(error).splitlines()[0]
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if Stream.__name__ in str(error) else None
+        return _line(error) if Stream.__name__ in str(error) else _says_nothing(_line(error))
     difference = _difference(outputs, [*pytree.tree_leaves(expected), *values])
     if difference <= tolerance_for(weight_dtypes(model)):
         return ""
-    return None if model.training else f"its outputs differ from those of its graph by {difference:.1e}"
+    differs = f"its outputs differ from those of its graph by {difference:.1e}"
+    return _says_nothing(f"{differs}, in training") if model.training else differs
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _says_nothing(why: str) -> None:
+    """Say that a trial tells nothing: called eagerly the model tries its graph first, and by value where that breaks."""
+    log.warning("whether the model runs by value could not be tried: %s. Called eagerly it runs as one graph, where one can "
+                "be had", why)
 
 
 def _difference(outputs: Any, candidates: Sequence[Any]) -> float:

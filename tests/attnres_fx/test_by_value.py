@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attnres_fx
-from attnres_fx import backend, by_value, errors
+from attnres_fx import backend, by_value, errors, runner, trial
 from attnres_fx.by_value import can_run
 from attnres_fx.converted import plans_of
 from attnres_fx.passes.graph import vocabulary
@@ -359,16 +359,47 @@ def refused(model: Any, what: str, function: Any = None) -> None:
         (function or model)(IDS)
 
 
-def test_what_only_a_graph_can_serve_runs_by_its_graph() -> None:
-    class Checkpointed(reference.Block):
-        def forward(self, x: Any) -> Any:
-            return checkpoint(super().forward, x, use_reentrant=True)
+class Reentrant(reference.Block):
+    def forward(self, x: Any) -> Any:
+        return checkpoint(super().forward, x, use_reentrant=True)
 
-    model = nanogpt()
+
+def test_what_only_a_graph_can_serve_runs_by_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = nanogpt(), []
+    monkeypatch.setattr(runner.log, "warning", lambda text, *args: said.append(text % args))
     for block in model.h:
-        block.__class__ = Checkpointed
+        block.__class__ = Reentrant
     check(model, model)
-    assert BY_GRAPH in model.__dict__ and "torch.autograd.Function" in model.__dict__[BY_GRAPH]
+    (line,) = said
+    assert "torch.autograd.Function" in line and model.__dict__[BY_GRAPH] in line
+
+
+def test_what_has_written_into_a_buffer_is_not_run_again() -> None:
+    """Statistics of a norm over batches before the first layer would count a batch twice."""
+    torch._dynamo.reset()
+    model = models.nanogpt(6).double()
+    model.drop = nn.Sequential(nn.Flatten(0, 1), nn.BatchNorm1d(32), nn.Unflatten(0, IDS.shape)).double()
+    attnres_fx.convert(model.train(), (IDS,), num_blocks=2)
+    assert plans_of(model)[0].trial == "" and not model.drop[1].num_batches_tracked
+    for block in model.h:
+        block.__class__ = Reentrant
+    with pytest.raises(errors.SplitStreamError, match=r"torch\.autograd\.Function"):
+        model(IDS)
+    assert model.drop[1].num_batches_tracked == 1
+
+
+def test_a_trial_that_tells_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model, said = models.nanogpt(6), []
+    monkeypatch.setattr(trial.log, "warning", lambda text, *args: said.append(text % args))
+    model.h[1].register_forward_pre_hook(lambda module, args: missing() if not torch.compiler.is_compiling() else None)
+    attnres_fx.convert(model, (IDS,), num_blocks=2)
+    (line,) = said
+    assert "RuntimeError: no such device" in line and plans_of(model)[0].trial is None
+
+
+def missing() -> None:
+    raise RuntimeError("no such device")
 
 
 class Demanding(reference.Block):
