@@ -64,7 +64,8 @@ def _tried(
         with torch.no_grad():
             expected = _with_seed(model, lambda: rewritten(*values))
     except Exception as error:
-        return _says_nothing(f"its graph cannot be run on copies of the inputs: {_line(error)}")
+        _warn(f"its graph cannot be run on copies of the inputs: {_line(error)}")
+        return None
     try:
         # Parameters that no wrapper of several processes knows yet are refused where they would be trained.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not in_parallel()):
@@ -72,20 +73,26 @@ def _tried(
     except AttnResError as error:
         return str(error).splitlines()[0]
     except Exception as error:
-        return _line(error) if Stream.__name__ in str(error) else _says_nothing(_line(error))
+        if Stream.__name__ in str(error):
+            return _line(error)
+        _warn(_line(error))
+        return None
     difference = _difference(outputs, [*pytree.tree_leaves(expected), *values])
     if difference <= tolerance_for(weight_dtypes(model)):
         return ""
     differs = f"its outputs differ from those of its graph by {difference:.1e}"
-    return _says_nothing(f"{differs}, in training") if model.training else differs
+    if not model.training:
+        return differs
+    _warn(f"{differs}, in training")
+    return None
 
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _says_nothing(why: str) -> None:
-    """Say that a trial tells nothing: called eagerly the model tries its graph first, and by value where that breaks."""
+def _warn(why: str) -> None:
+    """Of a trial that tells nothing: called eagerly the model tries its graph first, and by value where that breaks."""
     log.warning("whether the model runs by value could not be tried: %s. Called eagerly it runs as one graph, where one can "
                 "be had", why)
 
